@@ -1,0 +1,27 @@
+//! `memory3` compiles a knowledge base into explicit memories and reads them back.
+//!
+//! The folders follow the data: [`corpus`] texts become chunks, [`model`] gives queries, keys and values,
+//! [`select`] picks the tokens, [`codec`] quantizes, [`embed`] makes the retrieval vectors, [`bank`] keeps
+//! everything on disk. [`pipeline`] joins the stages into the compile run. Without the default feature
+//! `compile` only the reading side is built: [`bank`] and [`codec`], free of burn.
+
+pub mod bank;
+pub mod codec;
+pub mod memory;
+
+#[cfg(feature = "compile")]
+pub mod cli;
+#[cfg(feature = "compile")]
+pub mod config;
+#[cfg(feature = "compile")]
+pub mod corpus;
+#[cfg(feature = "compile")]
+pub mod cost;
+#[cfg(feature = "compile")]
+pub mod embed;
+#[cfg(feature = "compile")]
+pub mod model;
+#[cfg(feature = "compile")]
+pub mod pipeline;
+#[cfg(feature = "compile")]
+pub mod select;

@@ -1,0 +1,3 @@
+//! The `memory3` program: everything is in [`memory3::cli`].
+
+fn main() {}

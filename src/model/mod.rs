@@ -1,0 +1,3 @@
+//! TODO
+mod device;
+pub use device::{DType, Device, ParseDeviceError};
