@@ -7,6 +7,7 @@
 
 pub mod bank;
 pub mod codec;
+pub mod fingerprint;
 pub mod memory;
 
 #[cfg(feature = "compile")]

@@ -1,3 +1,5 @@
 //! The `memory3` program: everything is in [`memory3::cli`].
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    memory3::cli::run()
+}

@@ -1,1 +1,328 @@
-//! TODO
+//! The compile run, from the settings to a published bank, readable top to bottom.
+//!
+//! In: a [`Config`]. Out: a published generation and a [`RunReport`]. What always holds: nothing is published
+//! unless every stage has finished; a run that was stopped or killed leaves its finished shards for the next one.
+//! The stages themselves are in their own folders; here is only their order.
+
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::time::Instant;
+
+mod codec_training;
+mod progress;
+mod report;
+mod stages;
+mod survey;
+
+pub use progress::{Phase, Progress, StageMeter, StopFlag};
+pub use report::{BankReport, ChunkCounts, DocumentCounts, RunReport, StageReport};
+
+use crate::bank::{
+    BankError, BankLock, BankShape, BankSpec, BankWriter, DiskIo, Manifest, PublishInput, RetrievalSpec,
+};
+use crate::codec::{CodecError as CodecFault, CodecSet};
+use crate::config::Config;
+use crate::corpus::{Chunker, Corpus, CorpusError, CorpusOptions, Ledger};
+use crate::embed::{self, EmbedError, TextEmbedder};
+use crate::fingerprint::{FieldDifference, Fingerprint};
+use crate::memory::ContentHash;
+use crate::model::{self, DType, Device, MemoryEncoder, MemorySpec, ModelConfig, ModelError, ParseDeviceError};
+use codec_training::{ChosenCodec, TrainingPlan};
+use stages::{Stages, Totals};
+
+/// Why a compile could not finish.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PipelineError {
+    /// The corpus cannot be opened or chunked.
+    #[error(transparent)]
+    Corpus(#[from] CorpusError),
+    /// The decoder cannot be used.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The quantizer cannot be trained or read.
+    #[error(transparent)]
+    Codec(#[from] CodecFault),
+    /// The text encoder cannot be used.
+    #[error(transparent)]
+    Embed(#[from] EmbedError),
+    /// The bank cannot be written.
+    #[error(transparent)]
+    Bank(#[from] BankError),
+    /// A device or number format does not exist.
+    #[error(transparent)]
+    Device(#[from] ParseDeviceError),
+    /// There is nothing to compile.
+    #[error("no document can be compiled: {read} entries were read, all rejected; see {}", ledger.display())]
+    NothingToCompile {
+        /// Entries read.
+        read: u64,
+        /// Where the reasons are listed.
+        ledger: PathBuf,
+    },
+    /// A file of the run, not of the bank, cannot be written.
+    #[error("{}: {source}; check that the folder can be written to", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The bank holds this document with another text.
+    #[error(
+        "document {id:?} has changed since the bank was published, and this version cannot replace documents yet; \
+         compile into a new folder with --bank"
+    )]
+    Changed {
+        /// The document's id.
+        id: String,
+    },
+    /// A stage returned fewer results than it was given chunks.
+    #[error("stage {stage} returned too few results for a batch of {chunks} chunks; this is a defect of memory3")]
+    StageOutput {
+        /// The stage.
+        stage: &'static str,
+        /// Chunks of the batch.
+        chunks: usize,
+    },
+    /// A record that was written cannot be found again.
+    #[error("chunk {content} was written but is not in the catalog; delete index/catalog and run again")]
+    LostRecord {
+        /// Hash of the chunk's token ids.
+        content: ContentHash,
+    },
+}
+
+/// Everything that a run opens before it begins.
+struct Opened {
+    chunker: Chunker,
+    encoder: Box<dyn MemoryEncoder>,
+    embedder: Box<dyn TextEmbedder>,
+    corpus: Corpus,
+    plan: TrainingPlan,
+    model_config: ModelConfig,
+    device: Device,
+    dtype: DType,
+}
+
+/// Compiles the corpus that `config` names into its bank; rejected documents are listed in `ledger_path`.
+///
+/// # Errors
+/// What cannot be opened, encoded or written; the bank's published generation stays what it was.
+pub fn compile(
+    config: &Config,
+    ledger_path: &Path,
+    progress: &Progress,
+    stop: &StopFlag,
+) -> Result<RunReport, PipelineError> {
+    let started = Instant::now();
+    // 1. Open everything that can refuse, before any work is done.
+    progress.enter(Phase::Open);
+    let opened = open(config)?;
+    let lock = BankLock::acquire(&config.bank.path)?;
+    let mut ledger = create_ledger(ledger_path)?;
+
+    // 2. Count the corpus and sample its chunks.
+    progress.enter(Phase::Survey);
+    let sample = (opened.plan.sampler(1), opened.plan.sample_chunks());
+    let max_chunks = config.corpus.max_chunks;
+    let survey_started = Instant::now();
+    let survey = survey::survey(&opened.corpus, &opened.chunker, max_chunks, &sample.0, sample.1, progress, stop)?;
+    progress.survey.add(usize::try_from(survey.chunks).unwrap_or(usize::MAX), survey_started.elapsed());
+
+    // 3. The codec: the bank's own, or one trained on the sample.
+    let codec = match codec_of_bank(config, &opened)? {
+        Some(codec) => Some(codec),
+        None if stop.is_set() => None,
+        None => opened.plan.train(&*opened.encoder, &survey.sample, survey.chunks, progress, stop)?,
+    };
+    drop(survey.sample);
+    let Some(codec) = codec else {
+        return Ok(report(&opened, None, Totals::default(), progress, started, 0, None));
+    };
+    if let Some(note) = &codec.note {
+        tracing::warn!("{note}");
+    }
+
+    // 4. The stages.
+    progress.enter(Phase::Compile);
+    let writer = BankWriter::begin_locked(lock, bank_spec(config, &opened, &codec.set), std::sync::Arc::new(DiskIo))?;
+    tell_startup(&writer);
+    let (kept_before, writer) = (writer.startup().adopted_records, Mutex::new(writer));
+    let stages = Stages {
+        corpus: &opened.corpus,
+        chunker: &opened.chunker,
+        max_chunks,
+        batch_chunks: config.run.batch_chunks,
+        encoder: &*opened.encoder,
+        codec: &codec.set,
+        embedder: &*opened.embedder,
+        model_shape: &opened.model_config.cost_shape(opened.encoder.shape().layers),
+        progress,
+        stop,
+    };
+    let totals = stages.run(&writer, &mut ledger)?;
+    ledger.finish()?;
+    let writer = writer.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    if stop.is_set() {
+        writer.finish_shard_now()?;
+        let kept = kept_before + totals.chunks.encoded;
+        return Ok(report(&opened, Some(&codec), totals, progress, started, kept, None));
+    }
+    if writer.records() == 0 {
+        return Err(PipelineError::NothingToCompile { read: totals.documents.read, ledger: ledger_path.to_owned() });
+    }
+
+    // 5. Publish.
+    progress.enter(Phase::Publish);
+    let input = PublishInput {
+        codec: codec.description(),
+        codec_files: codec.set.files(),
+        prefix: opened.encoder.prefix().to_safetensors_bytes()?,
+        retrieval: match config.retrieval.index.as_str() {
+            "auto" => RetrievalSpec::Auto,
+            factory => RetrievalSpec::Factory(factory.to_owned()),
+        },
+        tombstones: Vec::new(),
+        quality: std::collections::BTreeMap::new(),
+    };
+    let records = usize::try_from(writer.records()).unwrap_or(usize::MAX);
+    let manifest = progress.publish.measure(records, || writer.publish(input))?;
+    progress.enter(Phase::Done);
+    let bank = BankReport::of(&manifest);
+    Ok(report(&opened, Some(&codec), totals, progress, started, 0, Some(bank)))
+}
+
+fn open(config: &Config) -> Result<Opened, PipelineError> {
+    let device: Device = config.model.device.parse()?;
+    let dtype: DType = config.model.dtype.parse()?;
+    let corpus = Corpus::open(
+        &config.corpus.inputs,
+        CorpusOptions {
+            id_field: config.corpus.id_field.clone(),
+            text_field: config.corpus.text_field.clone(),
+            max_document_bytes: config.corpus.max_document_bytes.0,
+        },
+    )?;
+    let model_config = ModelConfig::from_dir(&config.model.path)?;
+    let chunker = Chunker::from_dir(&config.model.path, config.corpus.chunk_tokens)?;
+    let spec = MemorySpec {
+        layers: config.model.memory_layers.clone(),
+        slots: config.model.tokens_per_head,
+        score: config.model.score,
+    };
+    let encoder = model::open(&config.model.path, chunker.prefix(), &spec, device, dtype)?;
+    let embedder = embed::open(&config.embedder.path, device)?;
+    let shape = encoder.shape();
+    let plan = TrainingPlan::new(&config.codec, shape.layers, shape.head_dim)?;
+    Ok(Opened { chunker, encoder, embedder, corpus, plan, model_config, device, dtype })
+}
+
+fn create_ledger(path: &Path) -> Result<Ledger, PipelineError> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).map_err(|source| PipelineError::Io { path: folder.to_owned(), source })?;
+    }
+    Ok(Ledger::create(path)?)
+}
+
+/// What the records' bytes depend on, the codec left out.
+fn model_fingerprint(config: &Config, opened: &Opened) -> Fingerprint {
+    opened
+        .encoder
+        .fingerprint()
+        .clone()
+        .with("tokenizer", opened.chunker.tokenizer_hash())
+        .with("chunk_tokens", config.corpus.chunk_tokens)
+}
+
+fn bank_spec(config: &Config, opened: &Opened, codec: &CodecSet) -> BankSpec {
+    BankSpec {
+        shape: BankShape {
+            memory: opened.encoder.shape(),
+            memory_layers: opened.encoder.layers().to_vec(),
+            // A prefix is a handful of tokens.
+            prefix_tokens: u32::try_from(opened.chunker.prefix().len()).unwrap_or(u32::MAX),
+        },
+        code_bytes: codec.code_bytes(),
+        vector_dim: opened.embedder.dim(),
+        chunk_tokens: config.corpus.chunk_tokens as u64,
+        fingerprint: model_fingerprint(config, opened).with("codec", codec.fingerprint()),
+        embedder: opened.embedder.fingerprint().clone(),
+        records_per_shard: config.bank.records_per_shard,
+        shard_bytes: BankSpec::SHARD_BYTES,
+    }
+}
+
+/// The codec of the bank that is there already: it keeps the one that its records were written with.
+///
+/// # Errors
+/// If the bank was written by another model, with other settings, or with another codec than the settings ask for.
+fn codec_of_bank(config: &Config, opened: &Opened) -> Result<Option<ChosenCodec>, PipelineError> {
+    let dir = &config.bank.path;
+    let manifest = match Manifest::read(dir) {
+        Err(BankError::NotABank { .. }) => return Ok(None),
+        manifest => manifest?,
+    };
+    let description = &manifest.codec.description;
+    let asked = model_fingerprint(config, opened)
+        .with("codec", manifest.fingerprint.fields().get("codec").cloned().unwrap_or_default());
+    let mut differences = manifest.fingerprint.differences(&asked);
+    differences.extend(manifest.embedder.differences(opened.embedder.fingerprint()));
+    let wanted = [
+        ("codec.spec", &description.spec, opened.plan.named_codec()),
+        ("codec.scope", &description.scope, Some(config.codec.scope.clone())),
+    ];
+    for (name, bank, asked) in wanted {
+        if asked.as_ref().is_some_and(|asked| asked != bank) {
+            differences.push(FieldDifference { name: name.to_owned(), bank: Some(bank.clone()), asked });
+        }
+    }
+    if !differences.is_empty() {
+        return Err(BankError::Fingerprint { path: Manifest::path(dir), differences }.into());
+    }
+    let set = crate::bank::Bank::open(dir)?.codec()?;
+    Ok(Some(ChosenCodec::of_bank(set, description)))
+}
+
+/// Says what was found of an interrupted run.
+fn tell_startup(writer: &BankWriter) {
+    let startup = writer.startup();
+    if !startup.adopted.is_empty() {
+        tracing::info!(
+            "going on from an interrupted run: {} documents in {} records are there already",
+            startup.adopted_documents,
+            startup.adopted_records
+        );
+    }
+    for (path, refusal) in &startup.removed {
+        tracing::warn!("{}: removed: {refusal}", path.display());
+    }
+}
+
+fn report(
+    opened: &Opened,
+    codec: Option<&ChosenCodec>,
+    totals: Totals,
+    progress: &Progress,
+    started: Instant,
+    records_kept: u64,
+    bank: Option<BankReport>,
+) -> RunReport {
+    RunReport {
+        version: env!("CARGO_PKG_VERSION"),
+        device: format!("{} {}", opened.device, opened.dtype),
+        documents: totals.documents,
+        chunks: totals.chunks,
+        tokens: totals.tokens,
+        codec: codec.map(ChosenCodec::summary),
+        codec_note: codec.and_then(|codec| codec.note.clone()),
+        codec_error: codec.and_then(|codec| codec.quality),
+        seconds: started.elapsed().as_secs_f64(),
+        stages: report::stage_reports(progress),
+        encode_tflop: totals.flop / 1e12,
+        peak_memory_bytes: report::peak_memory_bytes(),
+        stopped: bank.is_none(),
+        records_kept,
+        bank,
+    }
+}

@@ -2,8 +2,8 @@
 
 mod bank;
 mod codec;
+mod compile;
 mod corpus;
 mod embed;
 mod model;
 mod select;
-mod compile;

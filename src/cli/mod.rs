@@ -1,1 +1,119 @@
-//! TODO
+//! The command line: one file per verb, the settings they share in `options.rs`, what they print in `output.rs`.
+//!
+//! Standard output is data, standard error is for people. Exit codes: 0 done; 1 finished, but documents were
+//! rejected or damage was found; 2 could not run. Nothing but this folder uses `anyhow`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+mod compile;
+mod cost;
+mod init_model;
+mod inspect;
+mod options;
+mod output;
+mod progress;
+mod search;
+mod show;
+mod verify;
+
+/// How a verb ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    /// Everything went well.
+    Done,
+    /// Finished, but documents were rejected, damage was found, or the run was stopped before its end.
+    Incomplete,
+}
+
+/// Compiles texts into explicit memories: sparse, quantized attention keys and values, and an index to find them.
+#[derive(Debug, Parser)]
+#[command(name = "memory3", version, propagate_version = true, after_help = EXAMPLES)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  memory3 compile                                   what pipeline.toml says
+  memory3 compile docs/ 'kb/*.jsonl.zst' --model models/llama --bank banks/kb
+  memory3 search 'who built the lighthouse?' -k 5
+  memory3 show 1:42
+  memory3 verify
+
+Settings come from flags, then MEMORY3_* variables, then pipeline.toml, then defaults.
+Exit codes: 0 done; 1 finished, but documents were rejected or damage was found; 2 could not run.";
+
+/// Flags that every verb takes.
+#[derive(Clone, Debug, clap::Args)]
+struct Global {
+    /// Settings file [default: pipeline.toml in the current folder, if there is one]
+    #[arg(long, global = true, env = "MEMORY3_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Print JSON instead of text
+    #[arg(long, global = true)]
+    json: bool,
+    /// No progress and no notes, errors only
+    #[arg(long, short, global = true)]
+    quiet: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Compile a corpus into a bank
+    Compile(Box<compile::CompileArgs>),
+    /// Find the records nearest to a text
+    Search(search::SearchArgs),
+    /// Show one record: its text, with the tokens that each layer and head kept
+    Show(show::ShowArgs),
+    /// Show what a bank holds: sizes, counts, ratios, fingerprint, quality
+    Inspect(inspect::InspectArgs),
+    /// Check a bank: checksums, ids, index against shards
+    Verify(verify::VerifyArgs),
+    /// Show what implicit, explicit and external memory cost for a model
+    Cost(cost::CostArgs),
+    /// Write a model directory with random weights and a trained tokenizer
+    InitModel(init_model::InitModelArgs),
+}
+
+/// Runs the program on the process's arguments.
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    output::start_logging(cli.global.quiet);
+    let outcome = match &cli.verb {
+        Verb::Compile(args) => compile::run(&cli.global, args),
+        Verb::Search(args) => search::run(&cli.global, args),
+        Verb::Show(args) => show::run(&cli.global, args),
+        Verb::Inspect(args) => inspect::run(&cli.global, args),
+        Verb::Verify(args) => verify::run(&cli.global, args),
+        Verb::Cost(args) => cost::run(&cli.global, args),
+        Verb::InitModel(args) => init_model::run(&cli.global, args),
+    };
+    match outcome {
+        Ok(Outcome::Done) => ExitCode::SUCCESS,
+        Ok(Outcome::Incomplete) => ExitCode::from(1),
+        // A reader that closed our output early, such as `head`, has what it wanted.
+        Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("memory3: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,3 +1,172 @@
-//! TODO
+//! The model stage: token ids of chunks go in, memories come out.
+//!
+//! [`open`] loads the writing side of a Hugging Face directory (`config.rs`, `weights.rs`), computes the prefix, and
+//! gives a [`MemoryEncoder`]. The forward pass is `decoder.rs`, generic over burn's backends; `memory_model.rs` joins it
+//! with weights, positions and prefix; `encoder.rs` selects and gathers. Nothing here knows about text, codecs or files
+//! of a bank.
+
+mod config;
+mod cost_shape;
+mod decoder;
 mod device;
+mod encoder;
+mod error;
+mod init;
+mod memory_model;
+mod prefix;
+mod rope;
+mod weights;
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::fingerprint::Fingerprint;
+use crate::memory::{Memory, MemoryShape};
+use crate::select::Score;
+
+pub use config::{Family, ModelConfig};
+pub use decoder::{Decoder, DecoderLayer, LastLayer, LayerCache, LayerFeatures, Mlp, Projections, Rope, causal_mask};
 pub use device::{DType, Device, ParseDeviceError};
+pub use encoder::{ExactEncoder, PaddedEncoder};
+pub use error::ModelError;
+pub use init::{InitError, InitOptions, InitReport, ParsePresetError, Preset, PresetShape, init_model};
+pub use memory_model::{DenseLayer, LoadedSize, MemoryModel};
+pub use prefix::PrefixKv;
+pub use rope::{RopeConfig, RopeScaling, RopeTable};
+pub use weights::{WeightFiles, WeightReader};
+
+/// The most tokens of a chunk (P 1.1). Positions are prepared for this many, and a token's index is one byte.
+pub const MAX_CHUNK_TOKENS: usize = 128;
+
+/// Chunks that run together on a GPU.
+#[cfg(feature = "cuda")]
+const CUDA_BATCH: usize = 32;
+
+/// What is kept of a chunk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemorySpec {
+    /// Memory layers, increasing. Empty: the first half of the model's layers.
+    pub layers: Vec<usize>,
+    /// Tokens kept at each key-value head.
+    pub slots: usize,
+    /// How tokens are weighed.
+    pub score: Score,
+}
+
+impl Default for MemorySpec {
+    fn default() -> Self {
+        Self { layers: Vec::new(), slots: 8, score: Score::Softmax }
+    }
+}
+
+impl MemorySpec {
+    /// The memory layers for a model of `model_layers` layers (at least one); never empty.
+    ///
+    /// # Errors
+    /// The list is not increasing or goes beyond the model.
+    pub fn resolve_layers(&self, model_layers: usize) -> Result<Vec<usize>, ModelError> {
+        if self.layers.is_empty() {
+            return Ok((0..(model_layers / 2).max(1)).collect());
+        }
+        let increasing = self.layers.windows(2).all(|pair| pair[0] < pair[1]);
+        if !increasing || self.layers.iter().any(|&layer| layer >= model_layers) {
+            return Err(ModelError::MemoryLayers { layers: self.layers.clone(), last: model_layers - 1 });
+        }
+        Ok(self.layers.clone())
+    }
+}
+
+/// Turns chunks into memories.
+pub trait MemoryEncoder: Send + Sync {
+    /// Shape of every memory.
+    fn shape(&self) -> MemoryShape;
+
+    /// The memory layers, increasing.
+    fn layers(&self) -> &[usize];
+
+    /// The memories of `chunks`, in their order. A chunk gives the same bytes whatever it is batched with.
+    ///
+    /// # Errors
+    /// A chunk is empty, longer than [`MAX_CHUNK_TOKENS`], or holds a token outside the vocabulary; the model gives
+    /// values that are not finite; or the device fails.
+    fn encode(&self, chunks: &[&[u32]]) -> Result<Vec<Memory>, ModelError>;
+
+    /// The prefix's keys and values at the memory layers.
+    fn prefix(&self) -> &PrefixKv;
+
+    /// What the memories depend on.
+    fn fingerprint(&self) -> &Fingerprint;
+}
+
+/// Loads the writing side of the model in `dir` onto a device. `prefix`: the model's BOS and the tokens of
+/// `Reference:`.
+///
+/// # Errors
+/// The directory is no model that can be run, `spec` or `prefix` does not fit it, or this build or machine has no such
+/// device. The CPU runs f32 only.
+pub fn open(
+    dir: &Path,
+    prefix: &[u32],
+    spec: &MemorySpec,
+    device: Device,
+    dtype: DType,
+) -> Result<Box<dyn MemoryEncoder>, ModelError> {
+    let refuse = |cause| Err(ModelError::Device { device, dtype, cause });
+    match (device, dtype) {
+        (Device::Cpu, DType::F32) => {
+            Ok(Box::new(ExactEncoder::new(MemoryModel::load(dir, prefix, spec, &Default::default())?)))
+        }
+        (Device::Cpu, DType::Bf16) => refuse("bf16 is for GPUs; use --dtype f32"),
+        #[cfg(feature = "cuda")]
+        (Device::Cuda(number), dtype) => open_cuda(dir, prefix, spec, number, dtype),
+        #[cfg(not(feature = "cuda"))]
+        (Device::Cuda(_), _) => {
+            refuse("this build has no GPU support; build with --features cuda, or use --device cpu")
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn open_cuda(
+    dir: &Path,
+    prefix: &[u32],
+    spec: &MemorySpec,
+    number: usize,
+    dtype: DType,
+) -> Result<Box<dyn MemoryEncoder>, ModelError> {
+    use burn::backend::Cuda;
+    use burn::backend::cuda::CudaDevice;
+
+    let device = CudaDevice::new(number);
+    match dtype {
+        DType::F32 => {
+            let model = MemoryModel::<Cuda<f32, i32>>::load(dir, prefix, spec, &device)?;
+            Ok(Box::new(PaddedEncoder::new(model, CUDA_BATCH)))
+        }
+        DType::Bf16 => {
+            let model = MemoryModel::<Cuda<half::bf16, i32>>::load(dir, prefix, spec, &device)?;
+            Ok(Box::new(PaddedEncoder::new(model, CUDA_BATCH)))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_layers_default_to_the_first_half_and_must_increase() {
+        let resolve = |layers: &[usize], model| {
+            MemorySpec { layers: layers.to_vec(), ..MemorySpec::default() }.resolve_layers(model)
+        };
+        assert_eq!(resolve(&[], 44).unwrap(), (0..22).collect::<Vec<_>>());
+        assert_eq!(resolve(&[], 5).unwrap(), [0, 1]);
+        assert_eq!(resolve(&[], 1).unwrap(), [0]);
+        assert_eq!(resolve(&[3, 5], 6).unwrap(), [3, 5]);
+        for bad in [&[3, 3][..], &[4, 3], &[6]] {
+            let text = resolve(bad, 6).unwrap_err().to_string();
+            assert!(text.contains(&format!("{bad:?}")) && text.contains("0 to 5"), "{text}");
+        }
+    }
+}

@@ -1,1 +1,12 @@
-//! TODO
+//! Banks through the public API: write, read again, interrupt, damage.
+// A test fails by unwrapping; its numbers are small.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
+mod damage;
+mod fixture;
+mod format;
+mod publish;
+mod resume;
+mod round_trip;
+mod scale;
+mod support;

@@ -1,1 +1,7 @@
-//! TODO
+//! The program as a user runs it: compile, search, show, inspect, verify, through the binary and on real files.
+
+mod examples;
+mod hostile;
+mod identity;
+mod program;
+mod verbs;

@@ -1,0 +1,22 @@
+# Recipes for people; each is a command that also works by hand. `just check` is what CI runs.
+
+default:
+    @just --list
+
+# Install what is missing, compile the example corpus, ask it a question
+quickstart:
+    tools/quickstart.sh
+
+# Format, lints, tests: what CI runs
+check:
+    .ci/run
+
+# The quick part of `check`, for the edit loop
+quick:
+    cargo fmt --check
+    cargo clippy --locked --all-targets -- -D warnings
+    cargo test --locked --lib
+
+# The GPU build (several minutes); runs on a machine without CUDA too, until --device cuda:N is asked for
+cuda:
+    cargo build --release --locked --features cuda

@@ -1,0 +1,282 @@
+//! What a writer finds when it begins: the published bank, and what an interrupted run left.
+//!
+//! Comes in: a locked folder and what it is opened for. Goes out: open shards, published and adopted. What always
+//! holds: a shard is adopted if it follows the published ones without a gap, was written with the same fingerprints,
+//! and all its hashes are right; what is not adopted and not part of a published generation is removed, and reported.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::bank::error::BankError;
+use crate::bank::io::{Io, hash_file};
+use crate::bank::layout::SectionKind;
+use crate::bank::lock::BankLock;
+use crate::bank::manifest::{Manifest, ShardEntry};
+use crate::bank::shard::Shard;
+use crate::bank::shard_writer::{part_name, shard_name};
+use crate::bank::tombstones::Tombstones;
+use crate::bank::writer::BankSpec;
+use crate::fingerprint::FieldDifference;
+
+/// What a writer found at its start.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Startup {
+    /// Unpublished shards that now belong to this run; a `.part` file among them is continued.
+    pub adopted: Vec<PathBuf>,
+    /// Records in them.
+    pub adopted_records: u64,
+    /// Documents in them.
+    pub adopted_documents: u64,
+    /// Files that were removed, and why.
+    pub removed: Vec<(PathBuf, Refusal)>,
+}
+
+/// Why a leftover file was removed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// It was never finished.
+    Unfinished,
+    /// It was written with other settings.
+    OtherSettings,
+    /// A shard before it is missing or was removed, or it is the beginning of a shard that is finished.
+    Gap,
+    /// It is damaged.
+    Damaged(String),
+}
+
+impl std::fmt::Display for Refusal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Unfinished => f.write_str("it was never finished"),
+            Self::OtherSettings => f.write_str("it was written with other settings and never published"),
+            Self::Gap => f.write_str("it does not follow the last shard, and it was never published"),
+            Self::Damaged(reason) => write!(f, "it is damaged and was never published: {reason}"),
+        }
+    }
+}
+
+/// The state from which a writer goes on.
+pub(crate) struct Survey {
+    pub(crate) published: Option<Manifest>,
+    pub(crate) tombstones: Tombstones,
+    pub(crate) shards: BTreeMap<u32, Shard>,
+    pub(crate) entries: Vec<ShardEntry>,
+    pub(crate) next_shard: u32,
+    pub(crate) part: Option<Shard>,
+    pub(crate) startup: Startup,
+}
+
+/// Looks at a bank's folder, removes what nobody needs, opens the rest.
+///
+/// # Errors
+/// [`BankError::Fingerprint`] and everything that opening the published bank can give; [`BankError::Io`].
+pub(crate) fn survey(lock: &BankLock, spec: &BankSpec, io: &dyn Io) -> Result<Survey, BankError> {
+    let dir = lock.dir();
+    let (shards_dir, index_dir) = (dir.join("shards"), dir.join("index"));
+    let generations_dir = index_dir.join("generations");
+    for folder in [&shards_dir, &generations_dir] {
+        io.create_dir(folder).map_err(BankError::io(folder, "create"))?;
+    }
+    let published = match Manifest::read(dir) {
+        Ok(manifest) => Some(manifest),
+        Err(BankError::NotABank { .. }) => None,
+        Err(error) => return Err(error),
+    };
+    let mut found = Survey {
+        published: None,
+        tombstones: Tombstones::default(),
+        shards: BTreeMap::new(),
+        entries: Vec::new(),
+        next_shard: 1,
+        part: None,
+        startup: Startup::default(),
+    };
+    if let Some(manifest) = published {
+        refuse_other_settings(&Manifest::path(dir), &manifest, spec)?;
+        for entry in &manifest.shards {
+            found.shards.insert(entry.number, open_published(&shards_dir, entry, spec)?);
+        }
+        found.tombstones = read_tombstones(&index_dir, &manifest)?;
+        found.entries.clone_from(&manifest.shards);
+        found.next_shard = manifest.next_shard;
+        found.published = Some(manifest);
+    }
+    for folder in [&shards_dir, &index_dir, &generations_dir] {
+        for name in names(folder)?.iter().filter(|name| name.ends_with(".tmp")) {
+            remove(io, folder.join(name), Refusal::Unfinished, &mut found.startup)?;
+        }
+    }
+    adopt(&shards_dir, spec, io, &mut found)?;
+    Ok(found)
+}
+
+/// The tombstones that a manifest names.
+///
+/// # Errors
+/// [`BankError::Corrupt`], [`BankError::Io`].
+pub(crate) fn read_tombstones(index_dir: &Path, manifest: &Manifest) -> Result<Tombstones, BankError> {
+    let Some(entry) = &manifest.tombstones else { return Ok(Tombstones::default()) };
+    let path = index_dir.join(&entry.file.file);
+    let bytes = fs::read(&path).map_err(BankError::io(&path, "read"))?;
+    let hash = blake3::hash(&bytes).to_hex();
+    if hash.as_str() != entry.file.blake3 {
+        return Err(BankError::corrupt(&path, 0, "file BLAKE3", &entry.file.blake3, hash));
+    }
+    let tombstones = Tombstones::parse(&path, &bytes)?;
+    if tombstones.rows().len() as u64 != entry.count {
+        return Err(BankError::corrupt(&path, 16, "count", entry.count, tombstones.rows().len()));
+    }
+    Ok(tombstones)
+}
+
+/// Takes over the unpublished shards and removes those that do not fit.
+fn adopt(shards_dir: &Path, spec: &BankSpec, io: &dyn Io, found: &mut Survey) -> Result<(), BankError> {
+    let mut leftovers: Vec<(u32, bool, String)> = names(shards_dir)?
+        .into_iter()
+        .filter_map(|name| parse_name(&name).map(|(number, part)| (number, part, name)))
+        .filter(|(number, part, _)| *part || *number >= found.next_shard)
+        .collect();
+    leftovers.sort();
+    for (number, part, name) in leftovers {
+        let path = shards_dir.join(name);
+        // A part is older than the finished shard of its number, and nothing can follow it.
+        if number != found.next_shard || found.part.is_some() {
+            remove(io, path, Refusal::Gap, &mut found.startup)?;
+            continue;
+        }
+        let shard = match check(&path, number, spec) {
+            Ok(shard) => shard,
+            Err(refusal) => {
+                remove(io, path, refusal, &mut found.startup)?;
+                continue;
+            }
+        };
+        found.startup.adopted_records += u64::from(shard.records());
+        found.startup.adopted_documents += u64::from(shard.documents());
+        found.startup.adopted.push(path.clone());
+        if part {
+            found.part = Some(shard);
+        } else {
+            let (hash, bytes) = hash_file(&path)?;
+            found.entries.push(ShardEntry {
+                number,
+                file: shard_name(number),
+                bytes,
+                blake3: hash.to_hex().to_string(),
+                records: u64::from(shard.records()),
+                documents: u64::from(shard.documents()),
+            });
+            found.shards.insert(number, shard);
+            found.next_shard += 1;
+        }
+    }
+    Ok(())
+}
+
+/// Opens an unpublished shard and checks all of it.
+fn check(path: &Path, number: u32, spec: &BankSpec) -> Result<Shard, Refusal> {
+    let damaged = |error: BankError| Refusal::Damaged(error.to_string());
+    let shard = Shard::open(path).map_err(damaged)?;
+    if !shard.header().same_bank(&spec.header(number)) {
+        return Err(Refusal::OtherSettings);
+    }
+    if shard.number() != number {
+        return Err(Refusal::Damaged(format!("its header says shard {}", shard.number())));
+    }
+    for kind in SectionKind::ALL {
+        let (bytes, expected) = shard.section_hash(kind);
+        if blake3::Hasher::new().update_rayon(bytes).finalize() != expected {
+            return Err(Refusal::Damaged(format!("the BLAKE3 of section {} is wrong", kind.name())));
+        }
+    }
+    Ok(shard)
+}
+
+fn open_published(shards_dir: &Path, entry: &ShardEntry, spec: &BankSpec) -> Result<Shard, BankError> {
+    let shard = open_listed(shards_dir, entry)?;
+    let (expected, found) = (spec.header(entry.number), shard.header());
+    if *found == expected {
+        return Ok(shard);
+    }
+    Err(shard.corrupt(8, "header", format!("{expected:?}"), format!("{found:?}")))
+}
+
+/// Opens a shard that a manifest lists and checks number and counts.
+///
+/// # Errors
+/// As [`Shard::open`].
+pub(crate) fn open_listed(shards_dir: &Path, entry: &ShardEntry) -> Result<Shard, BankError> {
+    let shard = Shard::open(&shards_dir.join(&entry.file))?;
+    let expected = (entry.number, entry.bytes, entry.records, entry.documents);
+    let found = (shard.number(), shard.bytes(), u64::from(shard.records()), u64::from(shard.documents()));
+    if found == expected {
+        return Ok(shard);
+    }
+    let text = |(number, bytes, records, documents): (u32, u64, u64, u64)| {
+        format!("shard {number} of {bytes} bytes with {records} records and {documents} documents")
+    };
+    Err(shard.corrupt(0, "manifest entry", text(expected), text(found)))
+}
+
+fn refuse_other_settings(path: &Path, manifest: &Manifest, spec: &BankSpec) -> Result<(), BankError> {
+    let mut differences = manifest.fingerprint.differences(&spec.fingerprint);
+    differences.extend(manifest.embedder.differences(&spec.embedder));
+    let code_bytes = (manifest.codec.description.code_bytes, spec.code_bytes as u64);
+    let numbers = [
+        ("code_bytes", code_bytes.0.to_string(), code_bytes.1.to_string()),
+        ("retrieval.dim", manifest.retrieval.dim.to_string(), spec.vector_dim.to_string()),
+        ("chunk_tokens", manifest.chunk_tokens.to_string(), spec.chunk_tokens.to_string()),
+        ("shape", format!("{:?}", manifest.shape), format!("{:?}", spec.shape)),
+    ];
+    for (name, bank, asked) in numbers {
+        if bank != asked {
+            differences.push(FieldDifference { name: name.to_owned(), bank: Some(bank), asked: Some(asked) });
+        }
+    }
+    if differences.is_empty() { Ok(()) } else { Err(BankError::Fingerprint { path: path.to_owned(), differences }) }
+}
+
+fn remove(io: &dyn Io, path: PathBuf, refusal: Refusal, startup: &mut Startup) -> Result<(), BankError> {
+    io.remove(&path).map_err(BankError::io(&path, "remove"))?;
+    tracing::warn!("{}: removed: {refusal}", path.display());
+    startup.removed.push((path, refusal));
+    Ok(())
+}
+
+/// Shard number of a file name, and whether it is a `.part`.
+fn parse_name(name: &str) -> Option<(u32, bool)> {
+    let number: u32 = name.split('.').next()?.parse().ok()?;
+    match name {
+        _ if name == shard_name(number) => Some((number, false)),
+        _ if name == part_name(number) => Some((number, true)),
+        _ => None,
+    }
+}
+
+/// File names of a folder, sorted.
+fn names(dir: &Path) -> Result<Vec<String>, BankError> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir).map_err(BankError::io(dir, "list"))? {
+        let entry = entry.map_err(BankError::io(dir, "list"))?;
+        if let Ok(name) = entry.file_name().into_string() {
+            names.push(name);
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_our_own_names_are_shards() {
+        assert_eq!(parse_name("000007.m3s"), Some((7, false)));
+        assert_eq!(parse_name("1234567.m3s.part"), Some((1_234_567, true)));
+        for other in ["7.m3s", "000007.m3s.tmp", "000007.m3s.vectors.tmp", "README.md", "+00007.m3s", ".m3s"] {
+            assert_eq!(parse_name(other), None, "{other}");
+        }
+    }
+}

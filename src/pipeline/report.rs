@@ -1,0 +1,137 @@
+//! The run report: what a compile did and what it took. JSON for machines, read by the command line for people.
+
+use serde::Serialize;
+
+use super::progress::Progress;
+use crate::bank::Manifest;
+use crate::codec::quality::Quality;
+
+/// What one run did.
+#[derive(Clone, Debug, Serialize)]
+pub struct RunReport {
+    /// Version of the program.
+    pub version: &'static str,
+    /// Device and number format of the model.
+    pub device: String,
+    /// Documents by what became of them.
+    pub documents: DocumentCounts,
+    /// Chunks by what became of them.
+    pub chunks: ChunkCounts,
+    /// Tokens of all chunks, prefix not counted.
+    pub tokens: u64,
+    /// The codec and where it came from, for people.
+    pub codec: Option<String>,
+    /// Why it is not the codec that was asked for.
+    pub codec_note: Option<String>,
+    /// Held-out relative error of the codec, if one was trained.
+    pub codec_error: Option<Quality>,
+    /// Time from start to end.
+    pub seconds: f64,
+    /// Time that each stage was busy; stages overlap.
+    pub stages: Vec<StageReport>,
+    /// FLOP of writing the encoded chunks, by the paper's formula at each chunk's own length.
+    pub encode_tflop: f64,
+    /// The process's largest resident size.
+    pub peak_memory_bytes: u64,
+    /// The run was stopped before its end; nothing was published.
+    pub stopped: bool,
+    /// Records in finished shards that no generation holds yet.
+    pub records_kept: u64,
+    /// What was published.
+    pub bank: Option<BankReport>,
+}
+
+/// Documents by what became of them: `read = compiled + duplicate + rejected`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct DocumentCounts {
+    /// Entries of the corpus.
+    pub read: u64,
+    /// Documents with at least one new record.
+    pub compiled: u64,
+    /// Documents all of whose chunks equal chunks that were there before.
+    pub duplicate: u64,
+    /// Entries listed in the ledger.
+    pub rejected: u64,
+}
+
+/// Chunks by what became of them: `total = encoded + shared`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ChunkCounts {
+    /// Chunks of all accepted documents.
+    pub total: u64,
+    /// Chunks that went through the model in this run.
+    pub encoded: u64,
+    /// Chunks that share the record of an equal chunk.
+    pub shared: u64,
+}
+
+/// One stage's share of the work.
+#[derive(Clone, Debug, Serialize)]
+pub struct StageReport {
+    /// The stage.
+    pub name: &'static str,
+    /// Items done: chunks, or vectors for training.
+    pub items: u64,
+    /// Time spent working, not waiting for other stages.
+    pub busy_seconds: f64,
+}
+
+/// The published generation.
+#[derive(Clone, Debug, Serialize)]
+pub struct BankReport {
+    /// Its number.
+    pub generation: u64,
+    /// Live records.
+    pub records: u64,
+    /// Shards.
+    pub shards: usize,
+    /// Bytes of shards, codec, retrieval index and prefix.
+    pub bytes: u64,
+    /// Bytes of codes alone.
+    pub code_bytes: u64,
+}
+
+impl RunReport {
+    /// Chunks that went through the model, per second of the whole run.
+    pub fn chunks_per_second(&self) -> f64 {
+        // A rate for people: counts beyond 2^53 do not occur.
+        #[allow(clippy::cast_precision_loss)]
+        let chunks = self.chunks.encoded as f64;
+        chunks / self.seconds.max(1e-9)
+    }
+}
+
+impl BankReport {
+    /// The figures of a generation.
+    pub(super) fn of(manifest: &Manifest) -> Self {
+        let records: u64 = manifest.shards.iter().map(|shard| shard.records).sum();
+        let shard_bytes: u64 = manifest.shards.iter().map(|shard| shard.bytes).sum();
+        let index_bytes: u64 = manifest.index_files().iter().map(|(_, file)| file.bytes).sum();
+        let vectors = manifest.shape.memory.vectors() as u64;
+        Self {
+            generation: manifest.generation,
+            records: manifest.counts.records,
+            shards: manifest.shards.len(),
+            bytes: shard_bytes + index_bytes,
+            code_bytes: records * vectors * manifest.codec.description.code_bytes,
+        }
+    }
+}
+
+/// The stages that did anything.
+pub(super) fn stage_reports(progress: &Progress) -> Vec<StageReport> {
+    progress
+        .meters()
+        .into_iter()
+        .map(|meter| StageReport { name: meter.name, items: meter.items(), busy_seconds: meter.busy().as_secs_f64() })
+        .filter(|stage| stage.items > 0 || stage.busy_seconds > 0.0)
+        .collect()
+}
+
+/// The largest resident size of this process so far, from `/proc/self/status`; 0 where that does not exist.
+pub(super) fn peak_memory_bytes() -> u64 {
+    let Ok(status) = std::fs::read_to_string("/proc/self/status") else { return 0 };
+    let kib =
+        status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix("kB")?.trim().parse().ok());
+    kib.unwrap_or(0u64) * 1024
+}

@@ -1,0 +1,359 @@
+//! The main pass: read -> encode -> quantize -> embed -> write, a thread each, joined by bounded channels.
+//!
+//! In: a corpus and everything opened. Out: finished and open shards in the writer, and counts. Batches keep their
+//! order from the first stage to the last, so that records get the same places in every run. A stage that fails
+//! drops its channel ends: those before it stop sending, those after it drain, and the first error is returned.
+
+use std::collections::HashSet;
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Instant;
+
+use crossbeam::channel::{Receiver, Sender, bounded};
+
+use super::PipelineError;
+use super::progress::{Progress, StageMeter, StopFlag};
+use super::report::{ChunkCounts, DocumentCounts};
+use super::survey::{Chunked, for_each_chunked};
+use crate::bank::{self, BankWriter, Claim, NewDocument, NewRecord};
+use crate::codec::CodecSet;
+use crate::corpus::{Chunk, Chunker, Corpus, Document, Ledger, RejectReason, Rejection};
+use crate::cost::{self, Lengths, ModelShape};
+use crate::embed::TextEmbedder;
+use crate::memory::{ContentHash, Memory, MemoryShape};
+use crate::model::MemoryEncoder;
+
+/// Batches that may wait between two stages. Two keep both sides busy; more only takes memory.
+const CHANNEL_BATCHES: usize = 2;
+/// Documents that may gather in a batch that gets no new chunk.
+const MAX_BATCH_DOCUMENTS: usize = 4096;
+
+/// What the stages work with.
+pub struct Stages<'a> {
+    /// The documents.
+    pub corpus: &'a Corpus,
+    /// Cuts them.
+    pub chunker: &'a Chunker,
+    /// Stop at the end of the document in which this many chunks are reached.
+    pub max_chunks: Option<u64>,
+    /// Chunks of a batch.
+    pub batch_chunks: usize,
+    /// The model and the selection.
+    pub encoder: &'a dyn MemoryEncoder,
+    /// The quantizer.
+    pub codec: &'a CodecSet,
+    /// The retrieval encoder.
+    pub embedder: &'a dyn TextEmbedder,
+    /// The model's sizes, for counting its arithmetic.
+    pub model_shape: &'a ModelShape,
+    /// Where everything is counted.
+    pub progress: &'a Progress,
+    /// Ends the pass early.
+    pub stop: &'a StopFlag,
+}
+
+/// What the main pass did.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Totals {
+    /// Documents.
+    pub documents: DocumentCounts,
+    /// Chunks.
+    pub chunks: ChunkCounts,
+    /// Tokens of accepted documents.
+    pub tokens: u64,
+    /// Arithmetic of the encoded chunks.
+    pub flop: f64,
+}
+
+/// A chunk without a record yet.
+struct NewChunk {
+    content: ContentHash,
+    tokens: Vec<u32>,
+    text: String,
+}
+
+/// A document whose chunks are all in this batch or an earlier one.
+struct FinishedDocument {
+    id: String,
+    text_hash: ContentHash,
+    chunks: Vec<(ContentHash, Range<u64>)>,
+}
+
+/// What happens to the bank, in this order.
+enum Event {
+    /// The next new chunk of the batch becomes a record.
+    Chunk,
+    /// A document is complete.
+    Document(FinishedDocument),
+}
+
+#[derive(Default)]
+struct Batch {
+    chunks: Vec<NewChunk>,
+    events: Vec<Event>,
+    documents: usize,
+}
+
+/// A batch on its way from stage to stage, with what the stages so far have made of it.
+struct Work<T> {
+    batch: Batch,
+    made: T,
+}
+
+/// Codes, selected tokens and counts of a batch.
+struct Quantized {
+    codes: Vec<u8>,
+    memories: Vec<(Vec<u8>, u8)>,
+}
+
+impl Stages<'_> {
+    /// Runs the main pass.
+    ///
+    /// # Errors
+    /// The first error of any stage; what was written until then stays in the writer's finished shards.
+    pub fn run(&self, writer: &Mutex<BankWriter>, ledger: &mut Ledger) -> Result<Totals, PipelineError> {
+        let in_flight = Mutex::new(HashSet::new());
+        let (to_encode, batches) = bounded::<Batch>(CHANNEL_BATCHES);
+        let (to_quantize, encoded) = bounded::<Work<Vec<Memory>>>(CHANNEL_BATCHES);
+        let (to_embed, quantized) = bounded::<Work<Quantized>>(CHANNEL_BATCHES);
+        let (to_write, embedded) = bounded::<Work<(Quantized, Vec<f32>)>>(CHANNEL_BATCHES);
+        let progress = self.progress;
+
+        thread::scope(|scope| {
+            let read = scope.spawn(|| self.read(writer, &in_flight, ledger, to_encode));
+            let encode = scope.spawn(|| each(&progress.encode, batches, to_quantize, |batch| self.encode(batch)));
+            let quantize = scope.spawn(|| each(&progress.quantize, encoded, to_embed, |work| Ok(self.quantize(work))));
+            let embed = scope.spawn(|| each(&progress.embed, quantized, to_write, |work| self.embed(work)));
+            let write = scope.spawn(|| self.write(writer, &in_flight, embedded));
+
+            let join = |handle: thread::ScopedJoinHandle<'_, Result<(), PipelineError>>| {
+                handle.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            };
+            let totals = read.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            let rest = [join(encode), join(quantize), join(embed), join(write)];
+            for result in rest {
+                result?;
+            }
+            totals
+        })
+    }
+
+    /// Reads, chunks and looks up; sends batches of new chunks.
+    fn read(
+        &self,
+        writer: &Mutex<BankWriter>,
+        in_flight: &Mutex<HashSet<ContentHash>>,
+        ledger: &mut Ledger,
+        output: Sender<Batch>,
+    ) -> Result<Totals, PipelineError> {
+        let mut totals = Totals::default();
+        let mut batch = Batch::default();
+        let mut started = Instant::now();
+        for_each_chunked(self.corpus, self.chunker, self.max_chunks, |entry| {
+            totals.documents.read += 1;
+            match entry {
+                Chunked::Rejected(rejection) => {
+                    totals.documents.rejected += 1;
+                    ledger.reject(&rejection)?;
+                }
+                Chunked::Document(document, chunks) => {
+                    let text_hash = ContentHash::of_text(&document.text);
+                    let claim = lock(writer).claim_document(&document.id, text_hash)?;
+                    match claim {
+                        Claim::Repeated => {
+                            totals.documents.rejected += 1;
+                            ledger.reject(&Rejection {
+                                source: document.source,
+                                id: Some(document.id),
+                                reason: RejectReason::DuplicateId { first: None },
+                            })?;
+                        }
+                        Claim::Present(_) => self.count_present(&mut totals, &chunks),
+                        Claim::Changed(_) => return Err(PipelineError::Changed { id: document.id }),
+                        Claim::New => {
+                            self.add_document(&mut totals, &mut batch, writer, in_flight, document, text_hash, chunks)?;
+                        }
+                    }
+                }
+            }
+            if batch.chunks.len() >= self.batch_chunks || batch.documents >= MAX_BATCH_DOCUMENTS {
+                // Only the work counts, not the wait for a free place in the channel.
+                self.progress.read.add(batch.chunks.len(), started.elapsed());
+                let sent = output.send(std::mem::take(&mut batch)).is_ok();
+                started = Instant::now();
+                return Ok(sent && !self.stop.is_set());
+            }
+            Ok(!self.stop.is_set())
+        })?;
+        self.progress.read.add(batch.chunks.len(), started.elapsed());
+        if !batch.events.is_empty() {
+            // A closed channel means that a later stage has failed; its own error is the one to report.
+            let _ = output.send(batch);
+        }
+        Ok(totals)
+    }
+
+    /// A document that an earlier run has already written, with the same text.
+    fn count_present(&self, totals: &mut Totals, chunks: &[Chunk]) {
+        let count = chunks.len() as u64;
+        totals.documents.duplicate += 1;
+        totals.chunks.total += count;
+        totals.chunks.shared += count;
+        totals.tokens += chunks.iter().map(|chunk| chunk.tokens.len() as u64).sum::<u64>();
+        self.progress.documents.fetch_add(1, Ordering::Relaxed);
+        self.progress.chunks.fetch_add(count, Ordering::Relaxed);
+        self.progress.chunks_shared.fetch_add(count, Ordering::Relaxed);
+    }
+
+    #[allow(clippy::too_many_arguments)] // the reader's whole state, used in one place
+    fn add_document(
+        &self,
+        totals: &mut Totals,
+        batch: &mut Batch,
+        writer: &Mutex<BankWriter>,
+        in_flight: &Mutex<HashSet<ContentHash>>,
+        document: Document,
+        text_hash: ContentHash,
+        chunks: Vec<Chunk>,
+    ) -> Result<(), PipelineError> {
+        let mut row = FinishedDocument { id: document.id, text_hash, chunks: Vec::with_capacity(chunks.len()) };
+        let mut new = 0u64;
+        for chunk in chunks {
+            let content = ContentHash::of_tokens(&chunk.tokens);
+            totals.chunks.total += 1;
+            totals.tokens += chunk.tokens.len() as u64;
+            row.chunks.push((content, chunk.span.start as u64..chunk.span.end as u64));
+            // In this order: the writer adds a record to the catalog before it takes it out of the set.
+            let known = !lock(in_flight).insert(content);
+            if known || lock(writer).find(content)?.is_some() {
+                if !known {
+                    lock(in_flight).remove(&content);
+                }
+                totals.chunks.shared += 1;
+                self.progress.chunks_shared.fetch_add(1, Ordering::Relaxed);
+                continue;
+            }
+            new += 1;
+            let lengths = Lengths { chunk: chunk.tokens.len(), kept: self.encoder.shape().slots, ..Lengths::default() };
+            totals.flop += cost::write_flop(self.model_shape, &lengths);
+            let text = document.text[chunk.span].to_owned();
+            batch.chunks.push(NewChunk { content, tokens: chunk.tokens, text });
+            batch.events.push(Event::Chunk);
+        }
+        totals.chunks.encoded += new;
+        if new > 0 {
+            totals.documents.compiled += 1;
+        } else {
+            totals.documents.duplicate += 1;
+        }
+        self.progress.documents.fetch_add(1, Ordering::Relaxed);
+        self.progress.chunks.fetch_add(row.chunks.len() as u64, Ordering::Relaxed);
+        batch.events.push(Event::Document(row));
+        batch.documents += 1;
+        Ok(())
+    }
+
+    fn encode(&self, batch: Batch) -> Result<(usize, Work<Vec<Memory>>), PipelineError> {
+        let chunks: Vec<&[u32]> = batch.chunks.iter().map(|chunk| chunk.tokens.as_slice()).collect();
+        let made = if chunks.is_empty() { Vec::new() } else { self.encoder.encode(&chunks)? };
+        Ok((batch.chunks.len(), Work { batch, made }))
+    }
+
+    fn quantize(&self, work: Work<Vec<Memory>>) -> (usize, Work<Quantized>) {
+        let Work { batch, made: memories } = work;
+        let mut codes = Vec::new();
+        self.codec.encode_memories(&memories, &self.encoder.shape(), &mut codes);
+        let memories = memories.into_iter().map(|memory| (memory.tokens, memory.count)).collect();
+        (batch.chunks.len(), Work { batch, made: Quantized { codes, memories } })
+    }
+
+    fn embed(&self, work: Work<Quantized>) -> Result<(usize, Work<(Quantized, Vec<f32>)>), PipelineError> {
+        let Work { batch, made: quantized } = work;
+        let texts: Vec<&str> = batch.chunks.iter().map(|chunk| chunk.text.as_str()).collect();
+        let vectors = if texts.is_empty() { Vec::new() } else { self.embedder.embed(&texts)? };
+        Ok((batch.chunks.len(), Work { batch, made: (quantized, vectors) }))
+    }
+
+    fn write(
+        &self,
+        writer: &Mutex<BankWriter>,
+        in_flight: &Mutex<HashSet<ContentHash>>,
+        input: Receiver<Work<(Quantized, Vec<f32>)>>,
+    ) -> Result<(), PipelineError> {
+        let dim = self.embedder.dim();
+        let bytes_per_memory = code_bytes_per_memory(self.codec, &self.encoder.shape());
+        for Work { batch, made: (quantized, vectors) } in input {
+            let started = Instant::now();
+            let chunks = batch.chunks.len();
+            let parts = quantized
+                .memories
+                .iter()
+                .zip(quantized.codes.chunks_exact(bytes_per_memory))
+                .zip(vectors.chunks_exact(dim));
+            let mut records = batch.chunks.iter().zip(parts);
+            let mut writer = lock(writer);
+            for event in batch.events {
+                match event {
+                    Event::Chunk => {
+                        let Some((chunk, (((tokens, count), codes), vector))) = records.next() else {
+                            return Err(PipelineError::StageOutput { stage: "embed", chunks });
+                        };
+                        writer.push_record(&NewRecord {
+                            content: chunk.content,
+                            count: *count,
+                            tokens_selected: tokens,
+                            codes,
+                            token_ids: &chunk.tokens,
+                            text: &chunk.text,
+                            vector,
+                        })?;
+                        lock(in_flight).remove(&chunk.content);
+                    }
+                    Event::Document(row) => push_document(&mut writer, row)?,
+                }
+            }
+            self.progress.write.add(chunks, started.elapsed());
+        }
+        Ok(())
+    }
+}
+
+/// Writes a document row; all its records are there by now, because batches keep their order.
+fn push_document(writer: &mut BankWriter, row: FinishedDocument) -> Result<(), PipelineError> {
+    let chunks = row.chunks.into_iter().map(|(content, span)| {
+        let record = writer.find(content)?.ok_or(PipelineError::LostRecord { content })?;
+        Ok(bank::Chunk { record, start: span.start, end: span.end })
+    });
+    let chunks = chunks.collect::<Result<_, PipelineError>>()?;
+    writer.push_document(&NewDocument { id: row.id, text_hash: row.text_hash, chunks })?;
+    Ok(())
+}
+
+fn code_bytes_per_memory(codec: &CodecSet, shape: &MemoryShape) -> usize {
+    shape.vectors() * codec.code_bytes()
+}
+
+/// Feeds everything that comes in through `work`, and passes it on, until the input ends or nobody takes the output.
+fn each<I, O>(
+    meter: &StageMeter,
+    input: Receiver<I>,
+    output: Sender<O>,
+    mut work: impl FnMut(I) -> Result<(usize, O), PipelineError>,
+) -> Result<(), PipelineError> {
+    for item in input {
+        let started = Instant::now();
+        let (items, made) = work(item)?;
+        meter.add(items, started.elapsed());
+        if output.send(made).is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Locks; a poisoned lock means that a stage has panicked, and that panic is what ends the run.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
