@@ -211,10 +211,10 @@ fn open(config: &Config) -> Result<Opened, PipelineError> {
         slots: config.model.tokens_per_head,
         score: config.model.score,
     };
+    let layers = spec.resolve_layers(model_config.num_hidden_layers)?.len();
+    let plan = TrainingPlan::new(&config.codec, layers, model_config.head_dim)?;
     let encoder = model::open(&config.model.path, chunker.prefix(), &spec, device, dtype)?;
     let embedder = embed::open(&config.embedder.path, device)?;
-    let shape = encoder.shape();
-    let plan = TrainingPlan::new(&config.codec, shape.layers, shape.head_dim)?;
     Ok(Opened { chunker, encoder, embedder, corpus, plan, model_config, device, dtype })
 }
 

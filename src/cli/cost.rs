@@ -153,10 +153,10 @@ impl Report {
              parameters  {:.3} billion without embeddings\n\
              chunk       {} tokens, {} kept per key-value head\n\n\
              memory      write (TFLOP)   read per {} tokens (TFLOP)\n\
-             implicit    {:<15.3}  0\n\
-             explicit    {:<15.3}  {:.3e}\n\
-             external    0                {:.3}\n\n\
-             explicit memory costs least for knowledge used {:.3} to {:.0} times\n\n\
+             implicit    {:<15}  0\n\
+             explicit    {:<15}  {}\n\
+             external    0                {}\n\n\
+             explicit memory costs least for knowledge used {} to {} times\n\n\
              bank of {:.3e} chunks\n\
              dense, all heads  {:>12}\n\
              dense             {:>12}\n\
@@ -174,12 +174,12 @@ impl Report {
             lengths.chunk,
             lengths.kept,
             lengths.context,
-            cost.implicit_write,
-            cost.explicit_write,
-            cost.explicit_read,
-            cost.external_read,
-            cost.uses_min,
-            cost.uses_max,
+            output::significant(cost.implicit_write),
+            output::significant(cost.explicit_write),
+            output::significant(cost.explicit_read),
+            output::significant(cost.external_read),
+            output::significant(cost.uses_min),
+            output::significant(cost.uses_max),
             storage.chunks,
             size(storage.dense_all_heads),
             size(storage.dense),

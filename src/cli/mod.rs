@@ -100,7 +100,7 @@ pub fn run() -> ExitCode {
         // A reader that closed our output early, such as `head`, has what it wanted.
         Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("memory3: {error:#}");
+            eprintln!("memory3: {}", output::describe(&error));
             ExitCode::from(2)
         }
     }

@@ -37,6 +37,44 @@ pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
+/// Three significant digits, as the paper prints its figures: `2.24`, `0.308`, `1.44e-4`, `13400`.
+pub fn significant(number: f64) -> String {
+    if number == 0.0 || !number.is_finite() {
+        return number.to_string();
+    }
+    // `{:e}` rounds to the digits asked for; what it prints parses again.
+    let rounded = format!("{number:.2e}");
+    match rounded.parse::<f64>() {
+        Ok(value) if (1e-3..1e15).contains(&value.abs()) => {
+            let decimals = if value.abs() >= 100.0 {
+                0
+            } else if value.abs() >= 10.0 {
+                1
+            } else if value.abs() >= 1.0 {
+                2
+            } else {
+                3
+            };
+            format!("{value:.decimals$}")
+        }
+        _ => rounded,
+    }
+}
+
+/// An error and its causes; a cause that a message quotes already is not said twice.
+pub fn describe(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain() {
+        let message = cause.to_string();
+        if text.is_empty() {
+            text = message;
+        } else if !text.contains(&message) {
+            text = format!("{text}: {message}");
+        }
+    }
+    text
+}
+
 /// `1234567` as `1,234,567`.
 pub fn thousands(number: u64) -> String {
     let digits = number.to_string();
@@ -53,6 +91,22 @@ pub fn thousands(number: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn figures_have_three_significant_digits() {
+        let figures =
+            [(2.2385, "2.24"), (0.30818, "0.308"), (1.4418e-4, "1.44e-4"), (13_388.0, "13400"), (99.95, "100")];
+        for (number, text) in figures {
+            assert_eq!(significant(number), text);
+        }
+    }
+
+    #[test]
+    fn a_cause_that_is_quoted_is_not_repeated() {
+        let error =
+            anyhow::anyhow!("no such file").context("a.txt: cannot be read: no such file; try b.txt").context("corpus");
+        assert_eq!(describe(&error), "corpus: a.txt: cannot be read: no such file; try b.txt");
+    }
 
     #[test]
     fn thousands_are_separated() {

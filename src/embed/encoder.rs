@@ -5,7 +5,7 @@
 //! computes that one alone.
 
 use burn::tensor::backend::Backend;
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::{DType, Int, Tensor, TensorData};
 
 use super::config::{EncoderConfig, Pooling};
 use super::error::EmbedError;
@@ -142,7 +142,7 @@ impl<B: EncoderBackend> Encoder<B> {
             (0..width).map(move |token| if token < length { share } else { 0.0 })
         };
         let values: Vec<f32> = lengths.iter().flat_map(row).collect();
-        Tensor::from_data(TensorData::new(values, [lengths.len(), 1, width]), &self.device)
+        Tensor::from_data(TensorData::new(values, [lengths.len(), 1, width]), (&self.device, DType::F32))
     }
 }
 
@@ -262,12 +262,13 @@ fn transpose_into(stored: &[f32], inputs: usize, columns: &mut [f32], at: usize,
 }
 
 fn matrix<B: Backend>(values: Vec<f32>, shape: [usize; 2], device: &B::Device) -> Tensor<B, 2> {
-    Tensor::from_data(TensorData::new(values, shape), device)
+    // Said outright: a model in bf16 on the same device changes what a tensor is by default.
+    Tensor::from_data(TensorData::new(values, shape), (device, DType::F32))
 }
 
 fn vector<B: Backend>(values: Vec<f32>, device: &B::Device) -> Tensor<B, 1> {
     let length = values.len();
-    Tensor::from_data(TensorData::new(values, [length]), device)
+    Tensor::from_data(TensorData::new(values, [length]), (device, DType::F32))
 }
 
 #[cfg(test)]

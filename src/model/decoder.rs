@@ -14,7 +14,7 @@ use burn::tensor::activation::silu;
 use burn::tensor::backend::Backend;
 use burn::tensor::module::attention;
 use burn::tensor::ops::AttentionModuleOptions;
-use burn::tensor::{Bool, Int, Tensor, TensorData};
+use burn::tensor::{Bool, DType, Element, Int, Tensor, TensorData};
 
 use super::config::ModelConfig;
 use super::error::ModelError;
@@ -125,7 +125,7 @@ impl<B: Backend> Rope<B> {
         let upload = |values: &[f32], heads: usize| {
             let rows = values[first * table.pairs..(first + len) * table.pairs].chunks_exact(table.pairs);
             let repeated: Vec<f32> = rows.flat_map(|row| row.repeat(heads)).collect();
-            Tensor::from_data(TensorData::new(repeated, [1, len, heads * table.pairs]), device)
+            Tensor::from_data(TensorData::new(repeated, [1, len, heads * table.pairs]), (device, dtype::<B>()))
         };
         let both = |heads: usize| (upload(&table.cos, heads), upload(&table.sin, heads));
         Self { q: both(config.num_attention_heads), k: both(config.num_key_value_heads) }
@@ -159,6 +159,12 @@ fn rotate<B: Backend>(x: Tensor<B, 4>, (cos, sin): &(Tensor<B, 3>, Tensor<B, 3>)
     let turned_b = b * cos.clone() + a * sin.clone();
     let heads = |half: Tensor<B, 3>| half.reshape([batch, len, heads, pairs]);
     Tensor::cat(vec![heads(turned_a), heads(turned_b)], 3)
+}
+
+/// The backend's own number format. Said outright, because several backends may share a device, and a tensor would
+/// otherwise get the format of the one that came first.
+fn dtype<B: Backend>() -> DType {
+    <B::FloatElem as Element>::dtype()
 }
 
 /// Causal mask for `tokens` queries behind `prefix` positions, `[1, 1, group * tokens, prefix + tokens]`, true where
@@ -294,12 +300,12 @@ struct Loader<'a, 'w, B: Backend> {
 impl<B: Backend> Loader<'_, '_, B> {
     fn vector(&mut self, name: &str, len: usize) -> Result<Param<Tensor<B, 1>>, ModelError> {
         let values = self.reader.read(name, &[len])?;
-        Ok(Param::from_tensor(Tensor::from_data(TensorData::new(values, [len]), self.device)))
+        Ok(Param::from_tensor(Tensor::from_data(TensorData::new(values, [len]), (self.device, dtype::<B>()))))
     }
 
     fn matrix(&mut self, name: &str, shape: [usize; 2]) -> Result<Param<Tensor<B, 2>>, ModelError> {
         let values = self.reader.read(name, &shape)?;
-        Ok(Param::from_tensor(Tensor::from_data(TensorData::new(values, shape), self.device)))
+        Ok(Param::from_tensor(Tensor::from_data(TensorData::new(values, shape), (self.device, dtype::<B>()))))
     }
 
     /// Checkpoints store `[out, in]`, burn multiplies by `[in, out]`: transposed in memory here, once, because matrix
