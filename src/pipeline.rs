@@ -118,20 +118,22 @@ pub fn compile(
     let started = Instant::now();
     // 1. Open everything that can refuse, before any work is done.
     progress.enter(Phase::Open);
-    let opened = open(config)?;
     let lock = BankLock::acquire(&config.bank.path)?;
+    let opened = open(config)?;
+    let bank_codec = codec_of_bank(config, &opened)?;
     let mut ledger = create_ledger(ledger_path)?;
 
     // 2. Count the corpus and sample its chunks.
     progress.enter(Phase::Survey);
-    let sample = (opened.plan.sampler(1), opened.plan.sample_chunks());
+    let sample_chunks = if bank_codec.is_some() { 0 } else { opened.plan.sample_chunks() };
+    let sampler = opened.plan.sampler(1);
     let max_chunks = config.corpus.max_chunks;
     let survey_started = Instant::now();
-    let survey = survey::survey(&opened.corpus, &opened.chunker, max_chunks, &sample.0, sample.1, progress, stop)?;
+    let survey = survey::survey(&opened.corpus, &opened.chunker, max_chunks, &sampler, sample_chunks, progress, stop)?;
     progress.survey.add(usize::try_from(survey.chunks).unwrap_or(usize::MAX), survey_started.elapsed());
 
     // 3. The codec: the bank's own, or one trained on the sample.
-    let codec = match codec_of_bank(config, &opened)? {
+    let codec = match bank_codec {
         Some(codec) => Some(codec),
         None if stop.is_set() => None,
         None => opened.plan.train(&*opened.encoder, &survey.sample, survey.chunks, progress, stop)?,
@@ -161,9 +163,21 @@ pub fn compile(
         progress,
         stop,
     };
-    let totals = stages.run(&writer, &mut ledger)?;
-    ledger.finish()?;
+    let result = stages.run(&writer, &mut ledger);
     let writer = writer.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let totals = match result {
+        Ok(totals) => totals,
+        Err(error) => {
+            // What was encoded so far is kept, unless writing itself has failed.
+            if !matches!(error, PipelineError::Bank(_))
+                && let Err(unkept) = writer.finish_shard_now()
+            {
+                tracing::warn!("{unkept}");
+            }
+            return Err(error);
+        }
+    };
+    ledger.finish()?;
     if stop.is_set() {
         writer.finish_shard_now()?;
         let kept = kept_before + totals.chunks.encoded;
@@ -269,7 +283,8 @@ fn codec_of_bank(config: &Config, opened: &Opened) -> Result<Option<ChosenCodec>
     let mut differences = manifest.fingerprint.differences(&asked);
     differences.extend(manifest.embedder.differences(opened.embedder.fingerprint()));
     let wanted = [
-        ("codec.spec", &description.spec, opened.plan.named_codec()),
+        // A codec that was replaced for want of text is replaced again.
+        ("codec.spec", &description.spec, opened.plan.named_codec().filter(|_| description.fallback.is_none())),
         ("codec.scope", &description.scope, Some(config.codec.scope.clone())),
     ];
     for (name, bank, asked) in wanted {
@@ -293,9 +308,6 @@ fn tell_startup(writer: &BankWriter) {
             startup.adopted_documents,
             startup.adopted_records
         );
-    }
-    for (path, refusal) in &startup.removed {
-        tracing::warn!("{}: removed: {refusal}", path.display());
     }
 }
 

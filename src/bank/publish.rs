@@ -134,7 +134,12 @@ impl BankWriter {
                 && published.tombstones.as_ref() == tombstones
                 && published.retrieval.factory == plan.factory
         });
-        if let Some(published) = same {
+        // The file is looked at, so that compiling again mends an index that was lost or damaged.
+        let whole = |entry: &RetrievalEntry| {
+            hash_file(&index_dir.join(&entry.file.file))
+                .is_ok_and(|(hash, _)| hash.to_hex().as_str() == entry.file.blake3)
+        };
+        if let Some(published) = same.filter(|published| whole(&published.retrieval)) {
             return Ok(published.retrieval.clone());
         }
         // FAISS writes the file itself; it gets its name, which is its hash, when it is there.

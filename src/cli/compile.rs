@@ -1,5 +1,6 @@
 //! `memory3 compile`: flags over settings, the run, its progress and its report.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -110,6 +111,13 @@ pub fn run(global: &Global, args: &CompileArgs) -> anyhow::Result<Outcome> {
         rayon::ThreadPoolBuilder::new().num_threads(config.run.threads).build_global().context("--threads")?;
     }
 
+    // A report that cannot be written must not be found out after hours.
+    let report_error =
+        || format!("{}: the run report cannot be written; choose another --report", report_path.display());
+    if let Some(folder) = report_path.parent() {
+        std::fs::create_dir_all(folder).with_context(report_error)?;
+    }
+    let mut report_file = std::fs::File::create(&report_path).with_context(report_error)?;
     let stop = stop_on_ctrl_c()?;
     let progress = Arc::new(Progress::default());
     let display = ProgressDisplay::start(Arc::clone(&progress), global.quiet);
@@ -118,12 +126,12 @@ pub fn run(global: &Global, args: &CompileArgs) -> anyhow::Result<Outcome> {
     let report = result?;
 
     let json = serde_json::to_string_pretty(&report)? + "\n";
-    std::fs::write(&report_path, &json).with_context(|| format!("{}: the run report", report_path.display()))?;
     if global.json {
         output::print(&json)?
     } else {
         output::print(&summary(&report, &config, &ledger))?
     }
+    report_file.write_all(json.as_bytes()).with_context(report_error)?;
     Ok(if report.stopped || report.documents.rejected > 0 { Outcome::Incomplete } else { Outcome::Done })
 }
 

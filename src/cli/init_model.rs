@@ -73,5 +73,8 @@ pub fn run(global: &Global, args: &InitModelArgs) -> anyhow::Result<Outcome> {
             ByteSize(report.tokenizer_bytes),
         ))?;
     }
+    if report.tokenizer_rejected > 0 {
+        tracing::warn!("{} documents of the tokenizer corpus could not be read", report.tokenizer_rejected);
+    }
     Ok(if report.tokenizer_rejected > 0 { Outcome::Incomplete } else { Outcome::Done })
 }

@@ -47,7 +47,7 @@ Examples:
   memory3 verify
 
 Settings come from flags, then MEMORY3_* variables, then pipeline.toml, then defaults.
-Exit codes: 0 done; 1 finished, but documents were rejected or damage was found; 2 could not run.";
+Exit codes: 0 done; 1 stopped early, or finished but documents were rejected or damage was found; 2 could not run.";
 
 /// Flags that every verb takes.
 #[derive(Clone, Debug, clap::Args)]

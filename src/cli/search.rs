@@ -107,7 +107,7 @@ fn open_embedder(bank: &Bank, dir: &Path) -> anyhow::Result<Box<dyn TextEmbedder
         return Ok(embedder);
     }
     Err(BankError::Fingerprint { path: Manifest::path(bank.dir()), differences })
-        .with_context(|| format!("{}: not the text encoder of this bank", dir.display()))
+        .with_context(|| format!("{}: not the text encoder of this bank; name that with --embedder", dir.display()))
 }
 
 fn search(bank: &Bank, embedder: &dyn TextEmbedder, queries: &[String], k: usize) -> anyhow::Result<Vec<Found>> {

@@ -27,7 +27,7 @@ kept is brighter on a terminal.")]
 pub struct ShowArgs {
     /// The record, as shard:slot
     record: RecordId,
-    /// Only this memory layer
+    /// Only this layer of the decoder
     #[arg(long, value_name = "N")]
     layer: Option<usize>,
     /// Only this key-value head
@@ -87,9 +87,15 @@ pub fn run(global: &Global, args: &ShowArgs) -> anyhow::Result<Outcome> {
     );
 
     let MemoryShape { layers, kv_heads, slots, .. } = manifest.shape.memory;
-    for (name, asked, limit) in [("layer", args.layer, layers), ("head", args.head, kv_heads)] {
-        anyhow::ensure!(asked.is_none_or(|asked| asked < limit), "--{name}: the bank has {limit}, numbered from 0");
-    }
+    let numbers = &manifest.shape.memory_layers;
+    anyhow::ensure!(
+        args.layer.is_none_or(|asked| numbers.contains(&asked)),
+        "--layer: no memories there; the bank has layers {numbers:?}"
+    );
+    anyhow::ensure!(
+        args.head.is_none_or(|asked| asked < kv_heads),
+        "--head: the bank has {kv_heads} key-value heads, numbered from 0"
+    );
     let mut kept_by = vec![0; record.token_ids.len()];
     let mut shown_layers = Vec::new();
     for layer in 0..layers {
@@ -98,11 +104,11 @@ pub fn run(global: &Global, args: &ShowArgs) -> anyhow::Result<Outcome> {
             Head { head, selected: record.tokens[start..start + usize::from(record.count)].to_vec() }
         });
         let heads: Vec<Head> = heads.filter(|head| args.head.is_none_or(|asked| asked == head.head)).collect();
-        if args.layer.is_none_or(|asked| asked == layer) {
+        if args.layer.is_none_or(|asked| asked == numbers[layer]) {
             for &token in heads.iter().flat_map(|head| &head.selected) {
                 kept_by[usize::from(token)] += 1;
             }
-            shown_layers.push(Layer { layer: manifest.shape.memory_layers[layer], heads });
+            shown_layers.push(Layer { layer: numbers[layer], heads });
         }
     }
 

@@ -11,7 +11,7 @@ use super::progress::{Phase, Progress, StopFlag};
 use super::survey::Sampled;
 use crate::bank::CodecDescription;
 use crate::codec::quality::Quality;
-use crate::codec::sample::{Sampler, TrainingSample};
+use crate::codec::sample::{MAX_CAPACITY, Sampler, TrainingSample};
 use crate::codec::train::{TrainOptions, train_set};
 use crate::codec::{CodecChoice, CodecSet, CodecSpec, Scope, factory};
 use crate::config::CodecConfig;
@@ -94,7 +94,7 @@ impl TrainingPlan {
         };
         let wanted = config.training_vectors.min(best.useful_vectors()) * scope.codecs(layers);
         // One chunk in sixteen is held out.
-        Ok(Self { choice, scope, capacity: wanted + wanted / 15, seed: config.seed })
+        Ok(Self { choice, scope, capacity: (wanted + wanted / 15).min(MAX_CAPACITY), seed: config.seed })
     }
 
     /// The codec's name if the settings insist on one; `auto` takes what comes.

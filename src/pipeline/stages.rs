@@ -173,13 +173,24 @@ impl Stages<'_> {
                         Claim::Present(_) => self.count_present(&mut totals, &chunks),
                         Claim::Changed(_) => return Err(PipelineError::Changed { id: document.id }),
                         Claim::New => {
-                            self.add_document(&mut totals, &mut batch, writer, in_flight, document, text_hash, chunks)?;
+                            let mut send = |batch: &mut Batch| {
+                                // Only the work counts, not the wait for a free place in the channel.
+                                self.progress.read.add(batch.chunks.len(), started.elapsed());
+                                let sent = output.send(std::mem::take(batch)).is_ok();
+                                started = Instant::now();
+                                sent
+                            };
+                            let (totals, batch) = (&mut totals, &mut batch);
+                            if !self.add_document(
+                                totals, batch, &mut send, writer, in_flight, document, text_hash, chunks,
+                            )? {
+                                return Ok(false);
+                            }
                         }
                     }
                 }
             }
             if batch.chunks.len() >= self.batch_chunks || batch.documents >= MAX_BATCH_DOCUMENTS {
-                // Only the work counts, not the wait for a free place in the channel.
                 self.progress.read.add(batch.chunks.len(), started.elapsed());
                 let sent = output.send(std::mem::take(&mut batch)).is_ok();
                 started = Instant::now();
@@ -207,17 +218,19 @@ impl Stages<'_> {
         self.progress.chunks_shared.fetch_add(count, Ordering::Relaxed);
     }
 
+    /// Looks up a document's chunks and puts the new ones into batches; `false` if nobody takes batches any more.
     #[allow(clippy::too_many_arguments)] // the reader's whole state, used in one place
     fn add_document(
         &self,
         totals: &mut Totals,
         batch: &mut Batch,
+        send: &mut dyn FnMut(&mut Batch) -> bool,
         writer: &Mutex<BankWriter>,
         in_flight: &Mutex<HashSet<ContentHash>>,
         document: Document,
         text_hash: ContentHash,
         chunks: Vec<Chunk>,
-    ) -> Result<(), PipelineError> {
+    ) -> Result<bool, PipelineError> {
         let mut row = FinishedDocument { id: document.id, text_hash, chunks: Vec::with_capacity(chunks.len()) };
         let mut new = 0u64;
         for chunk in chunks {
@@ -241,6 +254,10 @@ impl Stages<'_> {
             let text = document.text[chunk.span].to_owned();
             batch.chunks.push(NewChunk { content, tokens: chunk.tokens, text });
             batch.events.push(Event::Chunk);
+            // A long document is many batches: its row comes with the last, when all its records are there.
+            if batch.chunks.len() >= self.batch_chunks && !send(batch) {
+                return Ok(false);
+            }
         }
         totals.chunks.encoded += new;
         if new > 0 {
@@ -252,7 +269,7 @@ impl Stages<'_> {
         self.progress.chunks.fetch_add(row.chunks.len() as u64, Ordering::Relaxed);
         batch.events.push(Event::Document(row));
         batch.documents += 1;
-        Ok(())
+        Ok(true)
     }
 
     fn encode(&self, batch: Batch) -> Result<(usize, Work<Vec<Memory>>), PipelineError> {

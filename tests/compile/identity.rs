@@ -52,6 +52,34 @@ fn compiling_the_same_corpus_again_encodes_nothing() {
     program.run(&["verify", "--bank", "bank"]).expect(0);
 }
 
+#[test]
+fn a_document_of_many_batches_gives_the_same_bytes_as_one_of_few() {
+    let program = Program::new();
+    let words: Vec<String> = (0..30_000).map(|i| format!("word{}", i * 7919 % 4001)).collect();
+    program.write("corpus/long.txt", words.join(" "));
+    let args = |batch: &'static str| ["corpus", "--codec", "none", "--batch-chunks", batch];
+    let report = program.compile("small", &args("4")).expect(0).json();
+    assert!(report["chunks"]["encoded"].as_u64().unwrap() > 300, "{report}");
+    program.compile("large", &args("4096")).expect(0);
+    assert_same_files(&published_files(&program.path().join("small")), &published_files(&program.path().join("large")));
+}
+
+#[test]
+fn compiling_again_mends_a_lost_index_and_keeps_a_codec_that_fell_back() {
+    let program = Program::new();
+    program.write("corpus/a.txt", "One short document about a lamp.");
+    // Far too little text for this codec: the bank keeps bf16 and says so.
+    let args = ["corpus", "--codec", "OPQ8_80,Residual2x12,PQ8x11"];
+    program.compile("bank", &args).expect(0);
+    let before = published_files(&program.path().join("bank"));
+    let index = before.iter().find(|(name, _)| name.starts_with("index/retrieval-")).unwrap();
+    std::fs::remove_file(program.path().join("bank").join(&index.0)).unwrap();
+    program.run(&["verify", "--bank", "bank"]).expect(1);
+    program.compile("bank", &args).expect(0);
+    program.run(&["verify", "--bank", "bank"]).expect(0);
+    assert_same_files(&before, &published_files(&program.path().join("bank")));
+}
+
 #[cfg(unix)]
 #[test]
 fn a_run_stopped_by_ctrl_c_goes_on_and_ends_with_the_same_bytes() {
