@@ -86,7 +86,7 @@ pub fn run(global: &Global, args: &ShowArgs) -> anyhow::Result<Outcome> {
         model.display()
     );
 
-    let MemoryShape { layers, kv_heads, slots, .. } = manifest.shape.memory;
+    let MemoryShape { kv_heads, slots, .. } = manifest.shape.memory;
     let numbers = &manifest.shape.memory_layers;
     anyhow::ensure!(
         args.layer.is_none_or(|asked| numbers.contains(&asked)),
@@ -98,17 +98,17 @@ pub fn run(global: &Global, args: &ShowArgs) -> anyhow::Result<Outcome> {
     );
     let mut kept_by = vec![0; record.token_ids.len()];
     let mut shown_layers = Vec::new();
-    for layer in 0..layers {
+    for (layer, &number) in numbers.iter().enumerate() {
         let heads = (0..kv_heads).map(|head| {
             let start = (layer * kv_heads + head) * slots;
             Head { head, selected: record.tokens[start..start + usize::from(record.count)].to_vec() }
         });
         let heads: Vec<Head> = heads.filter(|head| args.head.is_none_or(|asked| asked == head.head)).collect();
-        if args.layer.is_none_or(|asked| asked == numbers[layer]) {
+        if args.layer.is_none_or(|asked| asked == number) {
             for &token in heads.iter().flat_map(|head| &head.selected) {
                 kept_by[usize::from(token)] += 1;
             }
-            shown_layers.push(Layer { layer: numbers[layer], heads });
+            shown_layers.push(Layer { layer: number, heads });
         }
     }
 
