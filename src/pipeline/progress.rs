@@ -88,8 +88,6 @@ impl StageMeter {
 #[derive(Debug)]
 pub struct Progress {
     phase: AtomicU8,
-    /// Documents that the survey counted.
-    pub documents_total: AtomicU64,
     /// Chunks that the survey counted.
     pub chunks_total: AtomicU64,
     /// Documents read in the current phase.
@@ -128,7 +126,6 @@ impl Default for Progress {
     fn default() -> Self {
         Self {
             phase: AtomicU8::new(0),
-            documents_total: AtomicU64::new(0),
             chunks_total: AtomicU64::new(0),
             documents: AtomicU64::new(0),
             chunks: AtomicU64::new(0),

@@ -123,7 +123,6 @@ pub fn survey(
         }
         Ok(!stop.is_set())
     })?;
-    progress.documents_total.store(survey.documents, Ordering::Relaxed);
     progress.chunks_total.store(survey.chunks, Ordering::Relaxed);
     Ok(survey)
 }

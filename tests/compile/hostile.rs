@@ -129,22 +129,8 @@ fn errors_name_the_path_and_the_next_step() {
 #[test]
 fn standard_input_is_compiled_too() {
     let program = Program::new();
-    let encoder = super::program::tiny_encoder();
     let mut child = program
-        .command(&[
-            "compile",
-            "-",
-            "--model",
-            "model",
-            "--embedder",
-            encoder.to_str().unwrap(),
-            "--bank",
-            "bank",
-            "--codec",
-            "none",
-            "--quiet",
-            "--json",
-        ])
+        .compile_command("bank", &["-", "--codec", "none"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()

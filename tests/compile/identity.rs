@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::program::{Program, published_files, repository};
+use super::program::{Program, published_files};
 
 /// Some 300 documents of one to a few chunks, with equal passages among them.
 fn write_corpus(program: &Program) {
@@ -88,21 +88,8 @@ fn a_run_stopped_by_ctrl_c_goes_on_and_ends_with_the_same_bytes() {
     let args = ["corpus", "--codec", "none", "--records-per-shard", "16", "--batch-chunks", "4"];
     program.compile("whole", &args).expect(0);
 
-    let encoder = super::program::tiny_encoder();
-    let mut all = vec![
-        "compile",
-        "--model",
-        "model",
-        "--embedder",
-        encoder.to_str().unwrap(),
-        "--bank",
-        "stopped",
-        "--quiet",
-        "--json",
-    ];
-    all.extend(args);
     let child = program
-        .command(&all)
+        .compile_command("stopped", &args)
         .stdout(std::process::Stdio::piped())
         .stderr(std::process::Stdio::piped())
         .spawn()
@@ -130,5 +117,4 @@ fn a_run_stopped_by_ctrl_c_goes_on_and_ends_with_the_same_bytes() {
         &published_files(&program.path().join("whole")),
         &published_files(&program.path().join("stopped")),
     );
-    assert!(repository().exists());
 }

@@ -69,20 +69,14 @@ impl Program {
 
     /// `compile` with the tiny model and the tiny encoder.
     pub fn compile(&self, bank: &str, args: &[&str]) -> Finished {
-        let encoder = tiny_encoder();
-        let mut all = vec![
-            "compile",
-            "--model",
-            "model",
-            "--embedder",
-            encoder.to_str().unwrap(),
-            "--bank",
-            bank,
-            "--quiet",
-            "--json",
-        ];
-        all.extend(args);
-        self.run(&all)
+        finished(args, self.compile_command(bank, args).output().unwrap())
+    }
+
+    /// [`Program::compile`], ready to run.
+    pub fn compile_command(&self, bank: &str, args: &[&str]) -> Command {
+        let mut command = self.command(&["compile", "--model", "model", "--quiet", "--json", "--bank", bank]);
+        command.arg("--embedder").arg(tiny_encoder()).args(args);
+        command
     }
 }
 
