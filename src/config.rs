@@ -255,6 +255,8 @@ impl Config {
             &corpus.chunk_tokens,
             "choose 1 to 128",
         )?;
+        let most_chunks = corpus.max_chunks.unwrap_or(1);
+        check(most_chunks > 0, "corpus.max_chunks", &most_chunks, "choose 1 or more, or leave it out")?;
         check(
             corpus.max_document_bytes.0 > 0,
             "corpus.max_document_bytes",

@@ -5,7 +5,7 @@
 //! The stages themselves are in their own folders; here is only their order.
 
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 mod codec_training;
@@ -18,11 +18,11 @@ pub use progress::{Phase, Progress, StageMeter, StopFlag};
 pub use report::{BankReport, ChunkCounts, DocumentCounts, RunReport, StageReport};
 
 use crate::bank::{
-    BankError, BankLock, BankShape, BankSpec, BankWriter, DiskIo, Manifest, PublishInput, RetrievalSpec,
+    self, BankError, BankLock, BankShape, BankSpec, BankWriter, DiskIo, Draft, Manifest, PublishInput, RetrievalSpec,
 };
 use crate::codec::{CodecError as CodecFault, CodecSet};
 use crate::config::Config;
-use crate::corpus::{Chunker, Corpus, CorpusError, CorpusOptions, Ledger};
+use crate::corpus::{Chunker, Corpus, CorpusError, CorpusOptions, Ledger, Skipped, Source};
 use crate::embed::{self, EmbedError, TextEmbedder};
 use crate::fingerprint::{FieldDifference, Fingerprint};
 use crate::memory::ContentHash;
@@ -53,7 +53,7 @@ pub enum PipelineError {
     #[error(transparent)]
     Device(#[from] ParseDeviceError),
     /// There is nothing to compile.
-    #[error("no document can be compiled: {read} entries were read, all rejected; see {}", ledger.display())]
+    #[error("no document can be compiled: {read} entries were read, all rejected; the reasons are in {}", ledger.display())]
     NothingToCompile {
         /// Entries read.
         read: u64,
@@ -70,12 +70,20 @@ pub enum PipelineError {
     },
     /// The bank holds this document with another text.
     #[error(
-        "document {id:?} has changed since the bank was published, and this version cannot replace documents yet; \
+        "{origin} has changed since the bank was published, and this version cannot replace documents yet; \
          compile into a new folder with --bank"
     )]
     Changed {
-        /// The document's id.
-        id: String,
+        /// The document.
+        origin: Arc<Origin>,
+    },
+    /// The model cannot encode a document.
+    #[error("{origin}: {source}")]
+    Encode {
+        /// The document.
+        origin: Arc<Origin>,
+        /// What is wrong with one of its chunks.
+        source: ModelError,
     },
     /// A stage returned fewer results than it was given chunks.
     #[error("stage {stage} returned too few results for a batch of {chunks} chunks; this is a defect of memory3")]
@@ -91,6 +99,23 @@ pub enum PipelineError {
         /// Hash of the chunk's token ids.
         content: ContentHash,
     },
+}
+
+/// A document, for messages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// Its id.
+    pub id: String,
+    /// Where it stands.
+    pub source: Source,
+}
+
+impl std::fmt::Display for Origin {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "document {:?} ({}", self.id, self.source.path.display())?;
+        self.source.line.map_or(Ok(()), |line| write!(f, ":{line}"))?;
+        f.write_str(")")
+    }
 }
 
 /// Everything that a run opens before it begins.
@@ -120,7 +145,13 @@ pub fn compile(
     progress.enter(Phase::Open);
     let lock = BankLock::acquire(&config.bank.path)?;
     let opened = open(config)?;
-    let bank_codec = codec_of_bank(config, &opened)?;
+    let retrieval = match config.retrieval.index.as_str() {
+        "auto" => RetrievalSpec::Auto,
+        factory => RetrievalSpec::Factory(factory.to_owned()),
+    };
+    retrieval.check(opened.embedder.dim())?;
+    let bank_codec = settled_codec(config, &opened)?;
+    tell_skipped(&opened.corpus);
     let mut ledger = create_ledger(ledger_path)?;
 
     // 2. Count the corpus and sample its chunks.
@@ -132,6 +163,12 @@ pub fn compile(
     let survey = survey::survey(&opened.corpus, &opened.chunker, max_chunks, &sampler, sample_chunks, progress, stop)?;
     progress.survey.add(usize::try_from(survey.chunks).unwrap_or(usize::MAX), survey_started.elapsed());
 
+    if survey.documents == 0 && !stop.is_set() {
+        survey::reject_all(&opened.corpus, &opened.chunker, &mut ledger)?;
+        ledger.finish()?;
+        return Err(PipelineError::NothingToCompile { read: survey.read, ledger: ledger_path.to_owned() });
+    }
+
     // 3. The codec: the bank's own, or one trained on the sample.
     let codec = match bank_codec {
         Some(codec) => Some(codec),
@@ -140,7 +177,7 @@ pub fn compile(
     };
     drop(survey.sample);
     let Some(codec) = codec else {
-        return Ok(report(&opened, None, Totals::default(), progress, started, 0, None));
+        return Ok(report(&opened, None, Totals::default(), progress, started, None, None));
     };
     if let Some(note) = &codec.note {
         tracing::warn!("{note}");
@@ -148,7 +185,8 @@ pub fn compile(
 
     // 4. The stages.
     progress.enter(Phase::Compile);
-    let writer = BankWriter::begin_locked(lock, bank_spec(config, &opened, &codec.set), std::sync::Arc::new(DiskIo))?;
+    let writer = BankWriter::begin_locked(lock, bank_spec(config, &opened, &codec.set), Arc::new(DiskIo))?;
+    writer.keep_codec(&codec.description(), &codec.set.files())?;
     tell_startup(&writer);
     let (kept_before, writer) = (writer.startup().adopted_records, Mutex::new(writer));
     let stages = Stages {
@@ -181,10 +219,7 @@ pub fn compile(
     if stop.is_set() {
         writer.finish_shard_now()?;
         let kept = kept_before + totals.chunks.encoded;
-        return Ok(report(&opened, Some(&codec), totals, progress, started, kept, None));
-    }
-    if writer.records() == 0 {
-        return Err(PipelineError::NothingToCompile { read: totals.documents.read, ledger: ledger_path.to_owned() });
+        return Ok(report(&opened, Some(&codec), totals, progress, started, Some(kept), None));
     }
 
     // 5. Publish.
@@ -193,10 +228,7 @@ pub fn compile(
         codec: codec.description(),
         codec_files: codec.set.files(),
         prefix: opened.encoder.prefix().to_safetensors_bytes()?,
-        retrieval: match config.retrieval.index.as_str() {
-            "auto" => RetrievalSpec::Auto,
-            factory => RetrievalSpec::Factory(factory.to_owned()),
-        },
+        retrieval,
         tombstones: Vec::new(),
         quality: std::collections::BTreeMap::new(),
     };
@@ -204,7 +236,7 @@ pub fn compile(
     let manifest = progress.publish.measure(records, || writer.publish(input))?;
     progress.enter(Phase::Done);
     let bank = BankReport::of(&manifest);
-    Ok(report(&opened, Some(&codec), totals, progress, started, 0, Some(bank)))
+    Ok(report(&opened, Some(&codec), totals, progress, started, None, Some(bank)))
 }
 
 fn open(config: &Config) -> Result<Opened, PipelineError> {
@@ -267,21 +299,27 @@ fn bank_spec(config: &Config, opened: &Opened, codec: &CodecSet) -> BankSpec {
     }
 }
 
-/// The codec of the bank that is there already: it keeps the one that its records were written with.
+/// The codec of the bank that is there already, published or begun: it keeps the one that its records were written
+/// with.
 ///
 /// # Errors
-/// If the bank was written by another model, with other settings, or with another codec than the settings ask for.
-fn codec_of_bank(config: &Config, opened: &Opened) -> Result<Option<ChosenCodec>, PipelineError> {
+/// If its records were written by another model, with other settings, or with another codec than the settings ask for.
+fn settled_codec(config: &Config, opened: &Opened) -> Result<Option<ChosenCodec>, PipelineError> {
     let dir = &config.bank.path;
-    let manifest = match Manifest::read(dir) {
-        Err(BankError::NotABank { .. }) => return Ok(None),
-        manifest => manifest?,
+    let (path, published, settled) = match Manifest::read(dir) {
+        Ok(manifest) => (Manifest::path(dir), true, (manifest.fingerprint, manifest.embedder, manifest.codec)),
+        Err(BankError::NotABank { .. }) => match Draft::read(dir)? {
+            Some(draft) => (Draft::path(dir), false, (draft.fingerprint, draft.embedder, draft.codec)),
+            None => return Ok(None),
+        },
+        Err(error) => return Err(error.into()),
     };
-    let description = &manifest.codec.description;
-    let asked = model_fingerprint(config, opened)
-        .with("codec", manifest.fingerprint.fields().get("codec").cloned().unwrap_or_default());
-    let mut differences = manifest.fingerprint.differences(&asked);
-    differences.extend(manifest.embedder.differences(opened.embedder.fingerprint()));
+    let (fingerprint, embedder, codec) = settled;
+    let description = &codec.description;
+    let asked =
+        model_fingerprint(config, opened).with("codec", fingerprint.get("codec").unwrap_or_default().to_owned());
+    let mut differences = fingerprint.differences(&asked);
+    differences.extend(embedder.differences(opened.embedder.fingerprint()));
     let wanted = [
         // A codec that was replaced for want of text is replaced again.
         ("codec.spec", &description.spec, opened.plan.named_codec().filter(|_| description.fallback.is_none())),
@@ -292,11 +330,29 @@ fn codec_of_bank(config: &Config, opened: &Opened) -> Result<Option<ChosenCodec>
             differences.push(FieldDifference { name: name.to_owned(), bank: Some(bank.clone()), asked });
         }
     }
-    if !differences.is_empty() {
-        return Err(BankError::Fingerprint { path: Manifest::path(dir), differences }.into());
+    match (differences.is_empty(), published) {
+        (true, _) => {
+            let set = codec.open(dir, &path, opened.encoder.shape())?;
+            Ok(Some(ChosenCodec::of_bank(set, description)))
+        }
+        (false, true) => Err(BankError::Fingerprint { path, differences }.into()),
+        // A draft is worth nothing without records.
+        (false, false) if !bank::has_shards(dir) => Ok(None),
+        (false, false) => Err(BankError::Unpublished { path, differences }.into()),
     }
-    let set = crate::bank::Bank::open(dir)?.codec()?;
-    Ok(Some(ChosenCodec::of_bank(set, description)))
+}
+
+/// Says which files of folders and globs are not read.
+fn tell_skipped(corpus: &Corpus) {
+    let Skipped { unknown_extension, repeated } = corpus.skipped();
+    if unknown_extension > 0 {
+        tracing::info!(
+            "{unknown_extension} files are skipped: only .txt, .md, .jsonl (also .zst, .gz) and .parquet are read"
+        );
+    }
+    if repeated > 0 {
+        tracing::info!("{repeated} files are named by more than one input and read once");
+    }
 }
 
 /// Says what was found of an interrupted run.
@@ -317,12 +373,13 @@ fn report(
     totals: Totals,
     progress: &Progress,
     started: Instant,
-    records_kept: u64,
+    records_kept: Option<u64>,
     bank: Option<BankReport>,
 ) -> RunReport {
     RunReport {
         version: env!("CARGO_PKG_VERSION"),
         device: format!("{} {}", opened.device, opened.dtype),
+        skipped_files: opened.corpus.skipped(),
         documents: totals.documents,
         chunks: totals.chunks,
         tokens: totals.tokens,
@@ -332,6 +389,7 @@ fn report(
         seconds: started.elapsed().as_secs_f64(),
         stages: report::stage_reports(progress),
         encode_tflop: totals.flop / 1e12,
+        cpu_seconds: report::cpu_seconds(),
         peak_memory_bytes: report::peak_memory_bytes(),
         stopped: bank.is_none(),
         records_kept,

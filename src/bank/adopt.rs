@@ -2,7 +2,8 @@
 //!
 //! Comes in: a locked folder and what it is opened for. Goes out: open shards, published and adopted. What always
 //! holds: a shard is adopted if it follows the published ones without a gap, was written with the same fingerprints,
-//! and all its hashes are right; what is not adopted and not part of a published generation is removed, and reported.
+//! and all its hashes are right; a sound shard of other settings is left alone, and the writer refuses; what else is
+//! not part of a published generation is removed, and reported.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -37,8 +38,6 @@ pub struct Startup {
 pub enum Refusal {
     /// It was never finished.
     Unfinished,
-    /// It was written with other settings.
-    OtherSettings,
     /// A shard before it is missing or was removed, or it is the beginning of a shard that is finished.
     Gap,
     /// It is damaged.
@@ -49,7 +48,6 @@ impl std::fmt::Display for Refusal {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Unfinished => f.write_str("it was never finished"),
-            Self::OtherSettings => f.write_str("it was written with other settings and never published"),
             Self::Gap => f.write_str("it does not follow the last shard, and it was never published"),
             Self::Damaged(reason) => write!(f, "it is damaged and was never published: {reason}"),
         }
@@ -70,7 +68,8 @@ pub(crate) struct Survey {
 /// Looks at a bank's folder, removes what nobody needs, opens the rest.
 ///
 /// # Errors
-/// [`BankError::Fingerprint`] and everything that opening the published bank can give; [`BankError::Io`].
+/// [`BankError::Fingerprint`], [`BankError::Unpublished`] and everything that opening the published bank can give;
+/// [`BankError::Io`].
 pub(crate) fn survey(lock: &BankLock, spec: &BankSpec, io: &dyn Io) -> Result<Survey, BankError> {
     let dir = lock.dir();
     let (shards_dir, index_dir) = (dir.join("shards"), dir.join("index"));
@@ -97,7 +96,7 @@ pub(crate) fn survey(lock: &BankLock, spec: &BankSpec, io: &dyn Io) -> Result<Su
         for entry in &manifest.shards {
             found.shards.insert(entry.number, open_published(&shards_dir, entry, spec)?);
         }
-        found.tombstones = read_tombstones(&index_dir, &manifest)?;
+        found.tombstones = read_tombstones(dir, &manifest)?;
         found.entries.clone_from(&manifest.shards);
         found.next_shard = manifest.next_shard;
         found.published = Some(manifest);
@@ -115,14 +114,10 @@ pub(crate) fn survey(lock: &BankLock, spec: &BankSpec, io: &dyn Io) -> Result<Su
 ///
 /// # Errors
 /// [`BankError::Corrupt`], [`BankError::Io`].
-pub(crate) fn read_tombstones(index_dir: &Path, manifest: &Manifest) -> Result<Tombstones, BankError> {
+pub(crate) fn read_tombstones(dir: &Path, manifest: &Manifest) -> Result<Tombstones, BankError> {
     let Some(entry) = &manifest.tombstones else { return Ok(Tombstones::default()) };
-    let path = index_dir.join(&entry.file.file);
-    let bytes = fs::read(&path).map_err(BankError::io(&path, "read"))?;
-    let hash = blake3::hash(&bytes).to_hex();
-    if hash.as_str() != entry.file.blake3 {
-        return Err(BankError::corrupt(&path, 0, "file BLAKE3", &entry.file.blake3, hash));
-    }
+    let path = dir.join("index").join(&entry.file.file);
+    let bytes = entry.file.read(dir)?;
     let tombstones = Tombstones::parse(&path, &bytes)?;
     if tombstones.rows().len() as u64 != entry.count {
         return Err(BankError::corrupt(&path, 16, "count", entry.count, tombstones.rows().len()));
@@ -145,13 +140,16 @@ fn adopt(shards_dir: &Path, spec: &BankSpec, io: &dyn Io, found: &mut Survey) ->
             remove(io, path, Refusal::Gap, &mut found.startup)?;
             continue;
         }
-        let shard = match check(&path, number, spec) {
+        let shard = match check(&path, number) {
             Ok(shard) => shard,
             Err(refusal) => {
                 remove(io, path, refusal, &mut found.startup)?;
                 continue;
             }
         };
+        if !shard.header().same_bank(&spec.header(number)) {
+            return Err(BankError::Unpublished { path, differences: Vec::new() });
+        }
         found.startup.adopted_records += u64::from(shard.records());
         found.startup.adopted_documents += u64::from(shard.documents());
         found.startup.adopted.push(path.clone());
@@ -175,12 +173,9 @@ fn adopt(shards_dir: &Path, spec: &BankSpec, io: &dyn Io, found: &mut Survey) ->
 }
 
 /// Opens an unpublished shard and checks all of it.
-fn check(path: &Path, number: u32, spec: &BankSpec) -> Result<Shard, Refusal> {
+fn check(path: &Path, number: u32) -> Result<Shard, Refusal> {
     let damaged = |error: BankError| Refusal::Damaged(error.to_string());
     let shard = Shard::open(path).map_err(damaged)?;
-    if !shard.header().same_bank(&spec.header(number)) {
-        return Err(Refusal::OtherSettings);
-    }
     if shard.number() != number {
         return Err(Refusal::Damaged(format!("its header says shard {}", shard.number())));
     }
@@ -252,6 +247,11 @@ fn parse_name(name: &str) -> Option<(u32, bool)> {
         _ if name == part_name(number) => Some((number, true)),
         _ => None,
     }
+}
+
+/// Whether the folder of a bank holds shards, whoever wrote them.
+pub fn has_shards(dir: &Path) -> bool {
+    names(&dir.join("shards")).is_ok_and(|names| names.iter().any(|name| parse_name(name).is_some()))
 }
 
 /// File names of a folder, sorted.

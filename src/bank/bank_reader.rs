@@ -5,14 +5,13 @@
 //! nothing. Codes stay codes: decoding is `codec`'s, which gets its files from [`Bank::codec_files`].
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::bank::adopt::{open_listed, read_tombstones};
 use crate::bank::documents::{DocumentRow, RowId, use_ordinal, use_row};
 use crate::bank::error::BankError;
-use crate::bank::manifest::{FileEntry, Manifest};
+use crate::bank::manifest::Manifest;
 use crate::bank::retrieval::{RetrievalIndex, SearchParams};
 use crate::bank::shard::{RecordRef, Shard};
 use crate::bank::tombstones::Tombstones;
@@ -72,7 +71,7 @@ impl Bank {
             }
             shards.insert(entry.number, shard);
         }
-        let tombstones = read_tombstones(&dir.join("index"), &manifest)?;
+        let tombstones = read_tombstones(dir, &manifest)?;
         manifest.record_layout(&path)?;
         Ok(Self {
             dir: dir.to_owned(),
@@ -226,8 +225,7 @@ impl Bank {
     /// # Errors
     /// [`BankError::Corrupt`], [`BankError::Io`].
     pub fn codec_files(&self) -> Result<BTreeMap<String, Vec<u8>>, BankError> {
-        let files = self.manifest.codec.files.iter();
-        files.map(|(name, entry)| Ok((name.clone(), self.read_file(entry)?))).collect()
+        self.manifest.codec.read_files(&self.dir)
     }
 
     /// The safetensors file with the prefix's keys and values, checked against the manifest.
@@ -235,17 +233,7 @@ impl Bank {
     /// # Errors
     /// [`BankError::Corrupt`], [`BankError::Io`].
     pub fn prefix(&self) -> Result<Vec<u8>, BankError> {
-        self.read_file(&self.manifest.prefix)
-    }
-
-    fn read_file(&self, entry: &FileEntry) -> Result<Vec<u8>, BankError> {
-        let path = self.dir.join("index").join(&entry.file);
-        let bytes = fs::read(&path).map_err(BankError::io(&path, "read"))?;
-        let hash = blake3::hash(&bytes).to_hex();
-        if hash.as_str() == entry.blake3 {
-            return Ok(bytes);
-        }
-        Err(BankError::corrupt(&path, 0, "file BLAKE3", &entry.blake3, hash))
+        self.manifest.prefix.read(&self.dir)
     }
 
     fn score(&self, record: RecordId, query: &[f32]) -> Result<f32, BankError> {

@@ -28,7 +28,7 @@ pub enum BankError {
     /// Bytes that are not what the format says.
     #[error(
         "{}: damaged at byte {offset}: {what}: expected {expected}, found {found}; \
-         restore the file from a copy or compile again",
+         restore the file from a copy, or compile into a new folder",
         path.display()
     )]
     Corrupt {
@@ -89,6 +89,18 @@ pub enum BankError {
         /// Each field that differs, with both values.
         differences: Vec<FieldDifference>,
     },
+    /// An interrupted run with other settings left shards that were never published.
+    #[error(
+        "{}: left by an interrupted run with other settings{}; give that run's settings to go on with it, \
+         compile into a new folder, or delete the files in shards/ to begin anew",
+        path.display(), if differences.is_empty() { String::new() } else { format!(": {}", list(differences)) }
+    )]
+    Unpublished {
+        /// A shard, or the draft of the bank.
+        path: PathBuf,
+        /// Each field that differs, as far as it is known.
+        differences: Vec<FieldDifference>,
+    },
     /// JSON that does not parse.
     #[error("{}: {source}; restore the file from index/generations/ or compile again", path.display())]
     Json {
@@ -99,7 +111,7 @@ pub enum BankError {
         source: serde_json::Error,
     },
     /// A record id that this bank does not have.
-    #[error("{}: no record {id}: {reason}; `memory3 inspect` lists the shards and their records", path.display())]
+    #[error("{}: no record {id}: {reason}; `memory3 inspect --shards` lists the shards and their records", path.display())]
     NoRecord {
         /// The bank or shard.
         path: PathBuf,
@@ -135,6 +147,20 @@ pub enum BankError {
         path: PathBuf,
         /// What was tried.
         action: &'static str,
+        /// FAISS's answer.
+        #[source]
+        source: faiss::error::Error,
+    },
+    /// A factory string that FAISS does not understand.
+    #[error(
+        "index {factory:?} for vectors of width {dim}: {source}; \
+         use auto or a FAISS factory string such as Flat, IVF4096,SQ8 or IVF1024,PQ48"
+    )]
+    IndexFactory {
+        /// The factory string.
+        factory: String,
+        /// Width of the vectors.
+        dim: usize,
         /// FAISS's answer.
         #[source]
         source: faiss::error::Error,

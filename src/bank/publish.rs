@@ -67,11 +67,8 @@ impl BankWriter {
         }
         let live = Live::of(&self.shards, &tombstones)?;
         let index_dir = self.index_dir();
-        let mut files = BTreeMap::new();
-        for (name, bytes) in &input.codec_files {
-            files.insert(name.clone(), store(&*self.io, &index_dir, "codec", "faiss", bytes)?);
-        }
-        let prefix = store(&*self.io, &index_dir, "prefix", "safetensors", &input.prefix)?;
+        let files = self.store_codec(&input.codec_files)?;
+        let prefix = self.prefix(&input.prefix, &index_dir)?;
         let tombstones_entry = self.store_tombstones(&tombstones, &index_dir)?;
         let retrieval = self.retrieval(&input.retrieval, &live, tombstones_entry.as_ref(), &index_dir)?;
         let mut manifest = Manifest {
@@ -102,9 +99,19 @@ impl BankWriter {
             (manifest.generation, manifest.parent) = (published.generation + 1, Some(published.generation));
         }
         self.commit(&manifest, &index_dir)?;
+        self.remove_draft();
         self.refresh_fixed_names(&manifest, &index_dir);
         self.catalog.close()?;
         Ok(manifest)
+    }
+
+    /// The prefix's file: the published one while it is whole. The fingerprint says that the prefix is the same, but
+    /// another device may have rounded it otherwise.
+    fn prefix(&self, bytes: &[u8], index_dir: &Path) -> Result<FileEntry, BankError> {
+        match self.published.as_ref().map(|published| &published.prefix) {
+            Some(entry) if is_whole(entry, index_dir) => Ok(entry.clone()),
+            _ => store(&*self.io, index_dir, "prefix", "safetensors", bytes),
+        }
     }
 
     fn store_tombstones(
@@ -135,11 +142,7 @@ impl BankWriter {
                 && published.retrieval.factory == plan.factory
         });
         // The file is looked at, so that compiling again mends an index that was lost or damaged.
-        let whole = |entry: &RetrievalEntry| {
-            hash_file(&index_dir.join(&entry.file.file))
-                .is_ok_and(|(hash, _)| hash.to_hex().as_str() == entry.file.blake3)
-        };
-        if let Some(published) = same.filter(|published| whole(&published.retrieval)) {
+        if let Some(published) = same.filter(|published| is_whole(&published.retrieval.file, index_dir)) {
             return Ok(published.retrieval.clone());
         }
         // FAISS writes the file itself; it gets its name, which is its hash, when it is there.
@@ -188,6 +191,11 @@ impl BankWriter {
             }
         }
     }
+}
+
+/// Whether a file is there with the bytes that its entry promises.
+fn is_whole(entry: &FileEntry, index_dir: &Path) -> bool {
+    hash_file(&index_dir.join(&entry.file)).is_ok_and(|(hash, _)| hash.to_hex().as_str() == entry.blake3)
 }
 
 /// Makes `name` a second name of `file`, or a copy where the file system has no links.

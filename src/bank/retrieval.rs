@@ -87,6 +87,22 @@ fn list_count(factory: &str) -> Option<usize> {
     rest[..digits].parse().ok()
 }
 
+impl RetrievalSpec {
+    /// Asks FAISS whether it understands the factory string for vectors of width `dim`, before any work is done.
+    ///
+    /// # Errors
+    /// [`BankError::IndexFactory`].
+    pub fn check(&self, dim: usize) -> Result<(), BankError> {
+        let Self::Factory(factory) = self else { return Ok(()) };
+        let plan = Plan::new(self, 0, dim);
+        let width = u32::try_from(dim).map_err(|_| BankError::bad_input("width of vectors", "below 2^32", dim))?;
+        match index_factory(width, &plan.factory, MetricType::InnerProduct) {
+            Ok(_) => Ok(()),
+            Err(source) => Err(BankError::IndexFactory { factory: factory.clone(), dim, source }),
+        }
+    }
+}
+
 /// Builds the index over the live records and writes it to `path`. Returns how many vectors it holds.
 ///
 /// # Errors

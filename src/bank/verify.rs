@@ -314,7 +314,7 @@ impl Check<'_> {
 
     fn tombstones(&mut self) -> Tombstones {
         let index_dir = self.dir.join("index");
-        match read_tombstones(&index_dir, self.manifest) {
+        match read_tombstones(self.dir, self.manifest) {
             Err(error) => {
                 self.find(Finding::TombstonesUnreadable { error });
                 Tombstones::default()

@@ -22,10 +22,10 @@ use crate::bank::adopt::Startup;
 use crate::bank::catalog::Catalog;
 use crate::bank::documents::{Chunk, RowId};
 use crate::bank::error::BankError;
-use crate::bank::io::{DiskIo, Io, store};
+use crate::bank::io::{DiskIo, Io};
 use crate::bank::layout::MAX_ID_BYTES;
 use crate::bank::lock::BankLock;
-use crate::bank::manifest::{BankShape, FileEntry, Manifest, ShardEntry};
+use crate::bank::manifest::{BankShape, Manifest, ShardEntry};
 use crate::bank::shard::Shard;
 use crate::bank::shard_header::ShardHeader;
 use crate::bank::shard_writer::{ShardWriter, part_name, shard_name};
@@ -136,11 +136,11 @@ pub struct BankWriter {
 
 impl BankWriter {
     /// Opens the bank in `dir` for writing, creating it if there is none; adopts finished shards that an interrupted
-    /// run with the same fingerprints left, and removes other leftovers.
+    /// run with the same fingerprints left, and removes leftovers that nobody can use.
     ///
     /// # Errors
-    /// [`BankError::Locked`], [`BankError::Fingerprint`] if the published bank was written with other settings, and
-    /// whatever reading the published bank gives.
+    /// [`BankError::Locked`], [`BankError::Fingerprint`] if the published bank was written with other settings,
+    /// [`BankError::Unpublished`] if an interrupted run was, and whatever reading the published bank gives.
     pub fn begin(dir: &Path, spec: BankSpec) -> Result<Self, BankError> {
         Self::begin_locked(BankLock::acquire(dir)?, spec, Arc::new(DiskIo))
     }
@@ -290,15 +290,6 @@ impl BankWriter {
         let row = RowId { shard: open.number(), row: open.push_document(&new.id, new.text_hash, &new.chunks)? };
         self.open_documents.insert(new.id.clone(), (row.row, new.text_hash));
         Ok(row)
-    }
-
-    /// Stores a file of the folder `index` under a name made of `stem` and its content, at once and durably; the
-    /// manifest that names it comes later. For a codec that was trained before the first record.
-    ///
-    /// # Errors
-    /// [`BankError::Io`].
-    pub fn store_file(&self, stem: &str, extension: &str, bytes: &[u8]) -> Result<FileEntry, BankError> {
-        store(&*self.io, &self.index_dir(), stem, extension, bytes)
     }
 
     /// For a run that must stop: makes the open shard durable as a `.part` file, which the next writer continues. Its

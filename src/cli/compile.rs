@@ -13,7 +13,7 @@ use super::options::{self, BankArg, EmbedderArg, ModelArg};
 use super::progress::ProgressDisplay;
 use super::{Global, Outcome, output};
 use crate::config::{ByteSize, Config};
-use crate::pipeline::{self, Progress, RunReport, StopFlag};
+use crate::pipeline::{self, Progress, RunReport, StageReport, StopFlag};
 use crate::select::Score;
 
 /// Arguments of `memory3 compile`; each one left out keeps what `pipeline.toml` says.
@@ -74,6 +74,9 @@ pub struct CompileArgs {
     /// Vectors to train a codebook on, at most
     #[arg(long, env = "MEMORY3_TRAINING_VECTORS", help_heading = "Memory", value_name = "N")]
     training_vectors: Option<usize>,
+    /// Seed of the training sample
+    #[arg(long, env = "MEMORY3_CODEC_SEED", help_heading = "Memory", value_name = "N")]
+    codec_seed: Option<u64>,
     /// Retrieval index: auto or a FAISS factory string
     #[arg(long, env = "MEMORY3_INDEX", help_heading = "Memory", value_name = "SPEC")]
     index: Option<String>,
@@ -123,7 +126,17 @@ pub fn run(global: &Global, args: &CompileArgs) -> anyhow::Result<Outcome> {
     let display = ProgressDisplay::start(Arc::clone(&progress), global.quiet);
     let result = pipeline::compile(&config, &ledger, &progress, &stop);
     display.finish();
-    let report = result?;
+    let report = match result {
+        Ok(report) => report,
+        Err(error) => {
+            // Whoever reads the report must not find that of an earlier run, or none.
+            let error = anyhow::Error::from(error);
+            let failed = FailedReport { version: env!("CARGO_PKG_VERSION"), error: output::describe(&error) };
+            let json = serde_json::to_string_pretty(&failed)? + "\n";
+            report_file.write_all(json.as_bytes()).with_context(report_error)?;
+            return Err(error);
+        }
+    };
 
     let json = serde_json::to_string_pretty(&report)? + "\n";
     if global.json {
@@ -133,6 +146,13 @@ pub fn run(global: &Global, args: &CompileArgs) -> anyhow::Result<Outcome> {
     }
     report_file.write_all(json.as_bytes()).with_context(report_error)?;
     Ok(if report.stopped || report.documents.rejected > 0 { Outcome::Incomplete } else { Outcome::Done })
+}
+
+/// The run report of a run that failed.
+#[derive(serde::Serialize)]
+struct FailedReport {
+    version: &'static str,
+    error: String,
 }
 
 impl CompileArgs {
@@ -165,6 +185,7 @@ impl CompileArgs {
         set(&mut config.codec.spec, &self.codec);
         set(&mut config.codec.scope, &self.codec_scope);
         set(&mut config.codec.training_vectors, &self.training_vectors);
+        set(&mut config.codec.seed, &self.codec_seed);
         set(&mut config.retrieval.index, &self.index);
         set(&mut config.run.threads, &self.threads);
         set(&mut config.run.batch_chunks, &self.batch_chunks);
@@ -202,14 +223,16 @@ fn summary(report: &RunReport, config: &Config, ledger: &std::path::Path) -> Str
     let n = output::thousands;
     let documents = &report.documents;
     let mut text = format!(
-        "documents   {} read: {} compiled, {} duplicate, {} rejected\n\
-         chunks      {} ({} new records, {} shared with an equal chunk)\n",
+        "documents   {} read: {} compiled, {} unchanged, {} duplicate, {} rejected\n\
+         chunks      {} ({} new records, {} unchanged, {} shared with an equal chunk)\n",
         n(documents.read),
         n(documents.compiled),
+        n(documents.unchanged),
         n(documents.duplicate),
         n(documents.rejected),
         n(report.chunks.total),
         n(report.chunks.encoded),
+        n(report.chunks.unchanged),
         n(report.chunks.shared),
     );
     if documents.rejected > 0 {
@@ -220,18 +243,24 @@ fn summary(report: &RunReport, config: &Config, ledger: &std::path::Path) -> Str
     }
     let rate = report.chunks_per_second();
     text += &format!(
-        "time        {} in all, {rate:.1} chunks/s; peak memory {}\n",
+        "time        {} in all, {rate:.1} chunks/s; {:.1} cores busy; peak memory {}\n",
         seconds(report.seconds),
+        report.cpu_seconds / report.seconds.max(1e-9),
         ByteSize(report.peak_memory_bytes)
     );
     for stage in &report.stages {
-        text += &format!("  {:<9} {:>9} busy\n", stage.name, seconds(stage.busy_seconds));
+        text += &format!("  {:<9} {:>9} busy{}\n", stage.name, seconds(stage.busy_seconds), rate_of(stage));
     }
     if report.stopped {
-        text += &format!(
-            "stopped     {} records are safe in finished shards; nothing was published. Give the same command again to go on.\n",
-            n(report.records_kept)
-        );
+        text += &match report.records_kept {
+            Some(records) => format!(
+                "stopped     {} records are safe; nothing was published. Give the same command again to go on.\n",
+                n(records)
+            ),
+            None => "stopped     before the first record of this run; nothing was published or lost. \
+                     Give the same command again.\n"
+                .to_owned(),
+        };
     } else if let Some(bank) = &report.bank {
         text += &format!(
             "bank        {}: generation {}, {} records in {} shards, {} ({} of them codes)\n",
@@ -244,6 +273,20 @@ fn summary(report: &RunReport, config: &Config, ledger: &std::path::Path) -> Str
         );
     }
     text
+}
+
+/// `, 27 chunks/s` for a stage that counts chunks.
+fn rate_of(stage: &StageReport) -> String {
+    // A rate for people: counts beyond 2^53 do not occur.
+    #[allow(clippy::cast_precision_loss)]
+    let rate = stage.items as f64 / stage.busy_seconds.max(1e-9);
+    match stage.name {
+        "train" | "publish" => String::new(),
+        _ if rate < 100.0 => format!(", {rate:.1} chunks/s"),
+        // Rounded for people.
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        _ => format!(", {} chunks/s", output::thousands(rate as u64)),
+    }
 }
 
 /// `12.3 s`, or `1 h 02 min 03 s`.

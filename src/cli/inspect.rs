@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use super::options::{self, BankArg};
 use super::{Global, Outcome, output};
-use crate::bank::Manifest;
+use crate::bank::{Manifest, ShardEntry};
 use crate::config::ByteSize;
 use crate::fingerprint::Fingerprint;
 use crate::memory::MemoryShape;
@@ -14,11 +14,14 @@ use crate::memory::MemoryShape;
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  memory3 inspect
+  memory3 inspect --shards
   memory3 inspect --bank banks/kb --json | jq .ratio")]
 pub struct InspectArgs {
     #[command(flatten)]
     bank: BankArg,
+    /// List the shards too (JSON always does)
+    #[arg(long)]
+    shards: bool,
 }
 
 /// A bank in figures.
@@ -44,6 +47,7 @@ struct Inspection<'a> {
     ratio: f64,
     retrieval: Retrieval<'a>,
     sizes: Sizes,
+    shards: &'a [ShardEntry],
     tombstones: u64,
     fingerprint: &'a Fingerprint,
     embedder: &'a Fingerprint,
@@ -93,7 +97,7 @@ pub fn run(global: &Global, args: &InspectArgs) -> anyhow::Result<Outcome> {
     if global.json {
         output::print_json(&inspection)?
     } else {
-        output::print(&inspection.text())?
+        output::print(&(inspection.text() + &if args.shards { inspection.shard_lines() } else { String::new() }))?
     }
     Ok(Outcome::Done)
 }
@@ -144,11 +148,21 @@ impl<'a> Inspection<'a> {
                 prefix_bytes,
                 total_bytes: shard_bytes + codec_bytes + retrieval_bytes + prefix_bytes,
             },
+            shards: &manifest.shards,
             tombstones: manifest.tombstones.as_ref().map_or(0, |tombstones| tombstones.count),
             fingerprint: &manifest.fingerprint,
             embedder: &manifest.embedder,
             quality: &manifest.quality,
         }
+    }
+
+    fn shard_lines(&self) -> String {
+        let line = |shard: &ShardEntry| {
+            let (records, documents) = (output::thousands(shard.records), output::thousands(shard.documents));
+            let (number, bytes, blake3) = (shard.number, ByteSize(shard.bytes).to_string(), &shard.blake3[..12]);
+            format!("shard {number:<6} {records:>9} records {documents:>9} documents {bytes:>12}  blake3 {blake3}\n")
+        };
+        self.shards.iter().map(line).collect()
     }
 
     fn text(&self) -> String {

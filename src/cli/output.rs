@@ -1,7 +1,9 @@
 //! What verbs print: text or JSON on standard output, notes on standard error.
 
 use std::io::{self, IsTerminal, Write};
+use std::sync::{Mutex, PoisonError};
 
+use indicatif::MultiProgress;
 use serde::Serialize;
 use tracing_subscriber::EnvFilter;
 
@@ -12,11 +14,37 @@ pub fn start_logging(quiet: bool) {
     // A second start, as in tests, keeps the first.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(io::stderr)
+        .with_writer(|| Notes)
         .with_ansi(io::stderr().is_terminal())
         .with_target(false)
         .without_time()
         .try_init();
+}
+
+/// The bars that are being drawn on standard error.
+static BARS: Mutex<Option<MultiProgress>> = Mutex::new(None);
+
+/// Tells [`Notes`] which bars to lift out of the way; `None` when there are no more.
+pub fn share_terminal(bars: Option<MultiProgress>) {
+    *BARS.lock().unwrap_or_else(PoisonError::into_inner) = bars;
+}
+
+/// Standard error for whole notes: a progress bar is taken away before, and drawn again after.
+struct Notes;
+
+impl Write for Notes {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let bars = BARS.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        match bars {
+            Some(bars) => bars.suspend(|| io::stderr().write_all(bytes))?,
+            None => io::stderr().write_all(bytes)?,
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
 }
 
 /// Writes text to standard output.

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-use super::output::thousands;
-use crate::pipeline::{Phase, Progress};
+use super::output::{self, thousands};
+use crate::pipeline::{Phase, Progress, StageMeter};
 
 /// Time between two lines where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
@@ -54,7 +54,10 @@ impl ProgressDisplay {
 fn position(progress: &Progress) -> (u64, Option<u64>, &'static str) {
     let load = |value: &std::sync::atomic::AtomicU64| value.load(Ordering::Relaxed);
     match progress.phase() {
-        Phase::Survey => (load(&progress.chunks), None, "chunks"),
+        Phase::Survey => {
+            let kib = |value| load(value) >> 10;
+            (kib(&progress.survey_bytes), Some(kib(&progress.survey_bytes_total)).filter(|&all| all > 0), "KiB")
+        }
         Phase::Sample => (progress.sample.items(), Some(load(&progress.sample_total)), "chunks"),
         Phase::Train => (load(&progress.train_steps), Some(load(&progress.train_steps_total)), "codebooks"),
         Phase::Compile => {
@@ -67,6 +70,7 @@ fn position(progress: &Progress) -> (u64, Option<u64>, &'static str) {
 
 fn draw_bars(progress: &Progress, done: &AtomicBool) {
     let bars = MultiProgress::new();
+    output::share_terminal(Some(bars.clone()));
     let style = |template: &str| {
         ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> ")
     };
@@ -87,14 +91,10 @@ fn draw_bars(progress: &Progress, done: &AtomicBool) {
         }
         if let Some((_, bar)) = &current {
             let (position, total, unit) = position(progress);
-            match total {
-                Some(total) => {
-                    bar.set_length(total);
-                    bar.set_position(position);
-                    bar.set_message(if phase == Phase::Compile { stage_shares(progress) } else { unit.to_owned() });
-                }
-                None if position > 0 => bar.set_message(format!("{} chunks", thousands(position))),
-                None => {}
+            if let Some(total) = total {
+                bar.set_length(total);
+                bar.set_position(position);
+                bar.set_message(message(progress, phase, unit));
             }
             bar.tick();
         }
@@ -103,13 +103,29 @@ fn draw_bars(progress: &Progress, done: &AtomicBool) {
     if let Some((_, bar)) = current {
         bar.finish_and_clear();
     }
+    output::share_terminal(None);
 }
 
-/// How far each stage has come, for example `chunks (encode 512  embed 448)`.
-fn stage_shares(progress: &Progress) -> String {
-    let stages = [&progress.encode, &progress.quantize, &progress.embed, &progress.write];
-    let shares = stages.map(|meter| format!("{} {}", meter.name, thousands(meter.items()))).join("  ");
-    format!("chunks ({shares})")
+/// What is counted, with what more there is to say of a phase.
+fn message(progress: &Progress, phase: Phase, unit: &str) -> String {
+    match phase {
+        Phase::Survey => format!("{unit}, {} chunks", thousands(progress.chunks.load(Ordering::Relaxed))),
+        Phase::Compile => format!("{unit} ({})", stage_rates(progress)),
+        _ => unit.to_owned(),
+    }
+}
+
+/// Chunks that each stage does in a second of its own time, for example `encode 51/s, quantize 900/s`: the smallest
+/// is what holds the others up.
+fn stage_rates(progress: &Progress) -> String {
+    let stages = [&progress.read, &progress.encode, &progress.quantize, &progress.embed, &progress.write];
+    let rate = |meter: &StageMeter| {
+        // Rates are shown without decimals: the rounding of large counts does not matter.
+        #[allow(clippy::cast_precision_loss)]
+        let rate = meter.items() as f64 / meter.busy().as_secs_f64().max(1e-9);
+        format!("{} {rate:.0}/s", meter.name)
+    };
+    stages.into_iter().filter(|meter| meter.items() > 0).map(rate).collect::<Vec<_>>().join(", ")
 }
 
 fn print_lines(progress: &Progress, done: &AtomicBool) {
@@ -142,11 +158,21 @@ fn line(progress: &Progress, phase: Phase, elapsed: Duration) -> String {
     // Rates are shown to one decimal: the rounding of large counts does not matter.
     #[allow(clippy::cast_precision_loss)]
     let rate = position as f64 / elapsed.as_secs_f64().max(1e-9);
-    text += &format!(": {} {unit}, {rate:.1}/s", thousands(position));
-    if let Some(total) = total.filter(|&total| total >= position && position > 0) {
-        #[allow(clippy::cast_precision_loss)]
-        let left = (total - position) as f64 / rate;
-        text += &format!(", {left:.0} s left of {} {unit}", thousands(total));
+    text += &format!(": {}", thousands(position));
+    if let Some(total) = total.filter(|&total| total >= position) {
+        text += &format!(" of {} {unit}", thousands(total));
+        if position > 0 {
+            #[allow(clippy::cast_precision_loss)]
+            let left = (total - position) as f64 / rate;
+            text += &format!(", {left:.0} s left");
+        }
+    } else {
+        text += &format!(" {unit}");
     }
-    text
+    // A codebook takes minutes: its rate says nothing.
+    if phase != Phase::Train {
+        text += &format!(", {rate:.1}/s");
+    }
+    let more = message(progress, phase, "");
+    text + more.trim_end()
 }

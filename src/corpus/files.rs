@@ -9,6 +9,7 @@ use std::collections::HashSet;
 use std::path::{Component, Path, PathBuf};
 
 use globset::{GlobBuilder, GlobMatcher};
+use serde::Serialize;
 use walkdir::WalkDir;
 
 use super::entry::{RejectReason, Rejection, Source};
@@ -66,7 +67,7 @@ pub struct CorpusFile {
 }
 
 /// What a corpus does not read, by intention.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Skipped {
     /// Files of folders and globs whose extension is not known.
     pub unknown_extension: u64,

@@ -162,3 +162,15 @@ pub enum ModelError {
         source: safetensors::SafeTensorError,
     },
 }
+
+impl ModelError {
+    /// Index of the chunk in the batch, if the error is about one.
+    pub fn chunk(&self) -> Option<usize> {
+        match self {
+            Self::EmptyChunk { chunk, .. } | Self::LongChunk { chunk, .. } | Self::NotFinite { chunk, .. } => {
+                Some(*chunk)
+            }
+            _ => None,
+        }
+    }
+}

@@ -101,7 +101,7 @@ impl<B: Backend> MemoryModel<B> {
         let decoder = Decoder::<B>::load(&config, last, &mut reader, device)?;
         let weights_hash = reader.hash();
         let parameters = reader.parameters();
-        let width = burn::tensor::Tensor::<B, 1>::zeros([1], device).dtype().size() as u64;
+        let dtype = <B::FloatElem as burn::tensor::Element>::dtype();
 
         // 3. the prefix, with an empty cache, at positions 0..r
         let table = RopeTable::new(&config.rope, config.head_dim, positions);
@@ -114,6 +114,7 @@ impl<B: Backend> MemoryModel<B> {
         for (name, value) in config.fingerprint_fields() {
             fingerprint.set(name, value);
         }
+        fingerprint.set("dtype", dtype.name());
         fingerprint.set("prefix", join(&prefix.tokens));
         fingerprint.set("memory_layers", join(&layers));
         fingerprint.set("slots", spec.slots.to_string());
@@ -130,7 +131,7 @@ impl<B: Backend> MemoryModel<B> {
             rope,
             prefix,
             fingerprint,
-            loaded: LoadedSize { parameters, bytes: parameters * width },
+            loaded: LoadedSize { parameters, bytes: parameters * dtype.size() as u64 },
         })
     }
 

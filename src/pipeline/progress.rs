@@ -73,7 +73,7 @@ impl StageMeter {
         self.busy_nanos.fetch_add(nanos, Ordering::Relaxed);
     }
 
-    /// Chunks done (bytes for the survey).
+    /// Items done: chunks, or vectors for training.
     pub fn items(&self) -> u64 {
         self.items.load(Ordering::Relaxed)
     }
@@ -88,6 +88,10 @@ impl StageMeter {
 #[derive(Debug)]
 pub struct Progress {
     phase: AtomicU8,
+    /// Bytes of the corpus, as they lie on disk, that the survey has read.
+    pub survey_bytes: AtomicU64,
+    /// Bytes of the corpus.
+    pub survey_bytes_total: AtomicU64,
     /// Chunks that the survey counted.
     pub chunks_total: AtomicU64,
     /// Documents read in the current phase.
@@ -126,6 +130,8 @@ impl Default for Progress {
     fn default() -> Self {
         Self {
             phase: AtomicU8::new(0),
+            survey_bytes: AtomicU64::new(0),
+            survey_bytes_total: AtomicU64::new(0),
             chunks_total: AtomicU64::new(0),
             documents: AtomicU64::new(0),
             chunks: AtomicU64::new(0),

@@ -5,6 +5,7 @@ use serde::Serialize;
 use super::progress::Progress;
 use crate::bank::Manifest;
 use crate::codec::quality::Quality;
+use crate::corpus::Skipped;
 
 /// What one run did.
 #[derive(Clone, Debug, Serialize)]
@@ -13,6 +14,8 @@ pub struct RunReport {
     pub version: &'static str,
     /// Device and number format of the model.
     pub device: String,
+    /// Files of folders and globs that were not read, by intention.
+    pub skipped_files: Skipped,
     /// Documents by what became of them.
     pub documents: DocumentCounts,
     /// Chunks by what became of them.
@@ -31,36 +34,42 @@ pub struct RunReport {
     pub stages: Vec<StageReport>,
     /// FLOP of writing the encoded chunks, by the paper's formula at each chunk's own length.
     pub encode_tflop: f64,
+    /// Processor time of the process, all threads together.
+    pub cpu_seconds: f64,
     /// The process's largest resident size.
     pub peak_memory_bytes: u64,
     /// The run was stopped before its end; nothing was published.
     pub stopped: bool,
-    /// Records in finished shards that no generation holds yet.
-    pub records_kept: u64,
+    /// Of a run that stopped while it wrote: records in shards that the next run goes on with.
+    pub records_kept: Option<u64>,
     /// What was published.
     pub bank: Option<BankReport>,
 }
 
-/// Documents by what became of them: `read = compiled + duplicate + rejected`.
+/// Documents by what became of them: `read = compiled + unchanged + duplicate + rejected`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct DocumentCounts {
     /// Entries of the corpus.
     pub read: u64,
     /// Documents with at least one new record.
     pub compiled: u64,
+    /// Documents that the bank, or an interrupted run, has already with the same text.
+    pub unchanged: u64,
     /// Documents all of whose chunks equal chunks that were there before.
     pub duplicate: u64,
     /// Entries listed in the ledger.
     pub rejected: u64,
 }
 
-/// Chunks by what became of them: `total = encoded + shared`.
+/// Chunks by what became of them: `total = encoded + unchanged + shared`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ChunkCounts {
     /// Chunks of all accepted documents.
     pub total: u64,
     /// Chunks that went through the model in this run.
     pub encoded: u64,
+    /// Chunks of unchanged documents.
+    pub unchanged: u64,
     /// Chunks that share the record of an equal chunk.
     pub shared: u64,
 }
@@ -72,7 +81,8 @@ pub struct StageReport {
     pub name: &'static str,
     /// Items done: chunks, or vectors for training.
     pub items: u64,
-    /// Time spent working, not waiting for other stages.
+    /// Time in which the stage had a batch in hand. Stages run side by side and share the cores, so that these
+    /// times overlap and contain waits for a core.
     pub busy_seconds: f64,
 }
 
@@ -134,4 +144,9 @@ pub(super) fn peak_memory_bytes() -> u64 {
     let kib =
         status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix("kB")?.trim().parse().ok());
     kib.unwrap_or(0u64) * 1024
+}
+
+/// User and system time of this process so far, all threads together.
+pub(super) fn cpu_seconds() -> f64 {
+    cpu_time::ProcessTime::try_now().map_or(0.0, |time| time.as_duration().as_secs_f64())
 }

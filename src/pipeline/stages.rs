@@ -7,23 +7,23 @@
 use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 
-use super::PipelineError;
 use super::progress::{Progress, StageMeter, StopFlag};
 use super::report::{ChunkCounts, DocumentCounts};
 use super::survey::{Chunked, for_each_chunked};
+use super::{Origin, PipelineError};
 use crate::bank::{self, BankWriter, Claim, NewDocument, NewRecord};
 use crate::codec::CodecSet;
 use crate::corpus::{Chunk, Chunker, Corpus, Document, Ledger, RejectReason, Rejection};
 use crate::cost::{self, Lengths, ModelShape};
 use crate::embed::TextEmbedder;
 use crate::memory::{ContentHash, Memory, MemoryShape};
-use crate::model::MemoryEncoder;
+use crate::model::{MemoryEncoder, ModelError};
 
 /// Batches that may wait between two stages. Two keep both sides busy; more only takes memory.
 const CHANNEL_BATCHES: usize = 2;
@@ -69,6 +69,7 @@ pub struct Totals {
 
 /// A chunk without a record yet.
 struct NewChunk {
+    document: Arc<Origin>,
     content: ContentHash,
     tokens: Vec<u32>,
     text: String,
@@ -151,7 +152,7 @@ impl Stages<'_> {
         let mut totals = Totals::default();
         let mut batch = Batch::default();
         let mut started = Instant::now();
-        for_each_chunked(self.corpus, self.chunker, self.max_chunks, |entry| {
+        for_each_chunked(self.corpus, self.chunker, self.max_chunks, None, |entry| {
             totals.documents.read += 1;
             match entry {
                 Chunked::Rejected(rejection) => {
@@ -164,6 +165,7 @@ impl Stages<'_> {
                     match claim {
                         Claim::Repeated => {
                             totals.documents.rejected += 1;
+                            self.progress.chunks_total.fetch_sub(chunks.len() as u64, Ordering::Relaxed);
                             ledger.reject(&Rejection {
                                 source: document.source,
                                 id: Some(document.id),
@@ -171,7 +173,10 @@ impl Stages<'_> {
                             })?;
                         }
                         Claim::Present(_) => self.count_present(&mut totals, &chunks),
-                        Claim::Changed(_) => return Err(PipelineError::Changed { id: document.id }),
+                        Claim::Changed(_) => {
+                            let origin = Arc::new(Origin { id: document.id, source: document.source });
+                            return Err(PipelineError::Changed { origin });
+                        }
                         Claim::New => {
                             let mut send = |batch: &mut Batch| {
                                 // Only the work counts, not the wait for a free place in the channel.
@@ -206,12 +211,12 @@ impl Stages<'_> {
         Ok(totals)
     }
 
-    /// A document that an earlier run has already written, with the same text.
+    /// A document that the bank or an interrupted run has already, with the same text.
     fn count_present(&self, totals: &mut Totals, chunks: &[Chunk]) {
         let count = chunks.len() as u64;
-        totals.documents.duplicate += 1;
+        totals.documents.unchanged += 1;
         totals.chunks.total += count;
-        totals.chunks.shared += count;
+        totals.chunks.unchanged += count;
         totals.tokens += chunks.iter().map(|chunk| chunk.tokens.len() as u64).sum::<u64>();
         self.progress.documents.fetch_add(1, Ordering::Relaxed);
         self.progress.chunks.fetch_add(count, Ordering::Relaxed);
@@ -231,6 +236,7 @@ impl Stages<'_> {
         text_hash: ContentHash,
         chunks: Vec<Chunk>,
     ) -> Result<bool, PipelineError> {
+        let origin = Arc::new(Origin { id: document.id.clone(), source: document.source });
         let mut row = FinishedDocument { id: document.id, text_hash, chunks: Vec::with_capacity(chunks.len()) };
         let mut new = 0u64;
         for chunk in chunks {
@@ -252,7 +258,7 @@ impl Stages<'_> {
             let lengths = Lengths { chunk: chunk.tokens.len(), kept: self.encoder.shape().slots, ..Lengths::default() };
             totals.flop += cost::write_flop(self.model_shape, &lengths);
             let text = document.text[chunk.span].to_owned();
-            batch.chunks.push(NewChunk { content, tokens: chunk.tokens, text });
+            batch.chunks.push(NewChunk { document: Arc::clone(&origin), content, tokens: chunk.tokens, text });
             batch.events.push(Event::Chunk);
             // A long document is many batches: its row comes with the last, when all its records are there.
             if batch.chunks.len() >= self.batch_chunks && !send(batch) {
@@ -274,7 +280,11 @@ impl Stages<'_> {
 
     fn encode(&self, batch: Batch) -> Result<(usize, Work<Vec<Memory>>), PipelineError> {
         let chunks: Vec<&[u32]> = batch.chunks.iter().map(|chunk| chunk.tokens.as_slice()).collect();
-        let made = if chunks.is_empty() { Vec::new() } else { self.encoder.encode(&chunks)? };
+        let named = |source: ModelError| match source.chunk().and_then(|chunk| batch.chunks.get(chunk)) {
+            Some(chunk) => PipelineError::Encode { origin: Arc::clone(&chunk.document), source },
+            None => source.into(),
+        };
+        let made = if chunks.is_empty() { Vec::new() } else { self.encoder.encode(&chunks).map_err(named)? };
         Ok((batch.chunks.len(), Work { batch, made }))
     }
 
@@ -302,7 +312,6 @@ impl Stages<'_> {
         let dim = self.embedder.dim();
         let bytes_per_memory = code_bytes_per_memory(self.codec, &self.encoder.shape());
         for Work { batch, made: (quantized, vectors) } in input {
-            let started = Instant::now();
             let chunks = batch.chunks.len();
             let parts = quantized
                 .memories
@@ -311,6 +320,7 @@ impl Stages<'_> {
                 .zip(vectors.chunks_exact(dim));
             let mut records = batch.chunks.iter().zip(parts);
             let mut writer = lock(writer);
+            let started = Instant::now();
             for event in batch.events {
                 match event {
                     Event::Chunk => {

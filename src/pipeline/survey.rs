@@ -5,14 +5,14 @@
 //! sample. Nothing is written and nothing is rejected here: the main pass does that.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
 
 use super::PipelineError;
 use super::progress::{Progress, StopFlag};
 use crate::codec::sample::Sampler;
-use crate::corpus::{Chunk, Chunker, Corpus, Document, Entry, RejectReason, Rejection};
+use crate::corpus::{Chunk, Chunker, Corpus, Document, Entry, Ledger, RejectReason, Rejection};
 use crate::memory::ContentHash;
 
 /// Documents that are chunked together, in parallel, at most.
@@ -26,6 +26,8 @@ pub type Sampled = BTreeMap<(u64, ContentHash), Vec<u32>>;
 /// What the first pass found.
 #[derive(Debug, Default)]
 pub struct Survey {
+    /// Entries of the corpus, those that cannot be used too.
+    pub read: u64,
     /// Documents that can be chunked.
     pub documents: u64,
     /// Their chunks, equal ones counted each time.
@@ -45,11 +47,12 @@ pub enum Chunked {
 
 /// Reads and chunks the corpus in order, whole documents, until `max_chunks` are reached or `sink` says stop.
 ///
-/// `sink` gets every entry; returning `false` ends the pass.
+/// `sink` gets every entry; returning `false` ends the pass. `bytes_read` follows how much of the corpus is read.
 pub fn for_each_chunked(
     corpus: &Corpus,
     chunker: &Chunker,
     max_chunks: Option<u64>,
+    bytes_read: Option<&AtomicU64>,
     mut sink: impl FnMut(Chunked) -> Result<bool, PipelineError>,
 ) -> Result<(), PipelineError> {
     let mut entries = corpus.entries();
@@ -58,6 +61,9 @@ pub fn for_each_chunked(
         let group = next_group(&mut entries);
         if group.is_empty() {
             return Ok(());
+        }
+        if let Some(bytes_read) = bytes_read {
+            bytes_read.store(entries.bytes_read(), Ordering::Relaxed);
         }
         let chunked: Vec<Chunked> = group.into_par_iter().map(|entry| chunk_entry(chunker, entry)).collect();
         for entry in chunked {
@@ -100,6 +106,16 @@ fn chunk_entry(chunker: &Chunker, entry: Entry) -> Chunked {
     }
 }
 
+/// Lists why a corpus has no usable document.
+pub fn reject_all(corpus: &Corpus, chunker: &Chunker, ledger: &mut Ledger) -> Result<(), PipelineError> {
+    for_each_chunked(corpus, chunker, None, None, |entry| {
+        if let Chunked::Rejected(rejection) = entry {
+            ledger.reject(&rejection)?;
+        }
+        Ok(true)
+    })
+}
+
 /// Counts the corpus and keeps the `sample_size` distinct chunks that come first in the sampler's queue.
 pub fn survey(
     corpus: &Corpus,
@@ -111,7 +127,9 @@ pub fn survey(
     stop: &StopFlag,
 ) -> Result<Survey, PipelineError> {
     let mut survey = Survey::default();
-    for_each_chunked(corpus, chunker, max_chunks, |entry| {
+    progress.survey_bytes_total.store(corpus.total_bytes(), Ordering::Relaxed);
+    for_each_chunked(corpus, chunker, max_chunks, Some(&progress.survey_bytes), |entry| {
+        survey.read += 1;
         if let Chunked::Document(_, chunks) = entry {
             survey.documents += 1;
             survey.chunks += chunks.len() as u64;

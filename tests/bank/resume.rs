@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use memory3::bank::{Bank, BankWriter, Refusal, VerifyOptions, verify};
+use memory3::bank::{Bank, BankError, BankWriter, Draft, Refusal, VerifyOptions, verify};
 
 use super::support::*;
 
@@ -69,20 +69,38 @@ fn an_append_that_is_interrupted_leaves_the_published_generation_and_resumes() {
 }
 
 #[test]
-fn shards_of_another_fingerprint_are_removed_and_reported() {
+fn shards_of_another_fingerprint_are_left_alone_and_the_writer_refuses() {
     let docs = corpus(14, 100);
     let dir = tempfile::tempdir().unwrap();
     let mut other = spec(30);
     other.fingerprint.set("slots", 16);
     assert!(push(begin(dir.path(), &other), &docs, Stop::FinishAfter(80)).unwrap().is_none());
+    let before = files(dir.path());
+    let error = BankWriter::begin(dir.path(), spec(30)).err().unwrap();
+    assert!(matches!(error, BankError::Unpublished { .. }), "{error}");
+    assert!(error.to_string().contains("000001.m3s"), "{error}");
+    assert_eq!(before, files(dir.path()));
+    assert_eq!(begin(dir.path(), &other).startup().adopted_records, 80);
+}
+
+#[test]
+fn the_codec_of_an_interrupted_first_run_is_kept_until_it_is_published() {
+    let docs = corpus(19, 60);
+    let dir = tempfile::tempdir().unwrap();
     let writer = begin(dir.path(), &spec(30));
-    let reasons: Vec<_> = writer.startup().removed.iter().map(|(_, reason)| reason.clone()).collect();
-    assert_eq!(reasons, [Refusal::OtherSettings, Refusal::Gap, Refusal::Gap]);
-    assert_eq!(writer.records(), 0);
-    push(writer, &docs, Stop::Never).unwrap().unwrap().publish(input()).unwrap();
+    writer.keep_codec(&input().codec, &input().codec_files).unwrap();
+    assert!(push(writer, &docs, Stop::FinishAfter(40)).unwrap().is_none());
+    let draft = Draft::read(dir.path()).unwrap().unwrap();
+    assert_eq!((&draft.fingerprint, &draft.codec.description), (&spec(30).fingerprint, &input().codec));
+    assert_eq!(draft.codec.read_files(dir.path()).unwrap(), input().codec_files);
+    push(begin(dir.path(), &spec(30)), &docs, Stop::Never).unwrap().unwrap().publish(input()).unwrap();
+    assert!(Draft::read(dir.path()).unwrap().is_none());
     let whole = tempfile::tempdir().unwrap();
     compile(whole.path(), &docs, &spec(30));
     assert_same_files(whole.path(), dir.path());
+    let writer = begin(dir.path(), &spec(30));
+    writer.keep_codec(&input().codec, &input().codec_files).unwrap();
+    assert!(Draft::read(dir.path()).unwrap().is_none(), "a published bank needs no draft");
 }
 
 #[test]

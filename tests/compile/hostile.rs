@@ -6,7 +6,7 @@ use std::process::Stdio;
 
 use serde_json::Value;
 
-use super::program::Program;
+use super::program::{Program, tiny_encoder};
 
 fn ledger(program: &Program, bank: &str) -> Vec<Value> {
     let text = std::fs::read_to_string(program.path().join(bank).join("index/ledger.jsonl")).unwrap();
@@ -107,7 +107,10 @@ fn a_corpus_without_any_usable_document_publishes_nothing() {
 fn errors_name_the_path_and_the_next_step() {
     let program = Program::new();
     program.write("corpus/a.txt", "text");
+    let embedder = tiny_encoder().to_string_lossy().into_owned();
     for (args, wanted) in [
+        (vec!["compile", "corpus", "--model", "model", "--embedder", &embedder, "--index", "IVFF7"], "IVFF7"),
+        (vec!["compile", "corpus", "--max-chunks", "0"], "max_chunks"),
         (vec!["compile", "nowhere"], "nowhere"),
         (vec!["compile", "corpus", "--model", "no-model"], "no-model"),
         (vec!["compile", "corpus", "--model", "model", "--embedder", "no-embedder"], "no-embedder"),

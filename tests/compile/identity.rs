@@ -85,7 +85,7 @@ fn compiling_again_mends_a_lost_index_and_keeps_a_codec_that_fell_back() {
 fn a_run_stopped_by_ctrl_c_goes_on_and_ends_with_the_same_bytes() {
     let program = Program::new();
     write_corpus(&program);
-    let args = ["corpus", "--codec", "none", "--records-per-shard", "16", "--batch-chunks", "4"];
+    let args = ["corpus", "--codec", "PQ10x4", "--records-per-shard", "16", "--batch-chunks", "4"];
     program.compile("whole", &args).expect(0);
 
     let child = program
@@ -105,14 +105,22 @@ fn a_run_stopped_by_ctrl_c_goes_on_and_ends_with_the_same_bytes() {
     assert!(interrupted.success());
     let output = child.wait_with_output().unwrap();
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
-    if report["stopped"] == true {
-        assert_eq!(output.status.code(), Some(1));
-        assert!(!program.path().join("stopped/index/manifest.json").exists());
-        assert!(report["records_kept"].as_u64().unwrap() >= 16);
-        let rest = program.compile("stopped", &args).expect(0).json();
-        assert!(rest["chunks"]["encoded"].as_u64().unwrap() > 0);
-        assert!(rest["chunks"]["encoded"].as_u64() < rest["chunks"]["total"].as_u64());
-    }
+    assert_eq!(report["stopped"], true, "the run was over before it could be interrupted: {report}");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(!program.path().join("stopped/index/manifest.json").exists());
+    assert!(report["records_kept"].as_u64().unwrap() >= 16);
+
+    // Other settings are refused by name, and nothing is lost.
+    let other = program.compile("stopped", &[&args[..], &["--tokens-per-head", "4"]].concat()).expect(2);
+    assert!(other.stderr.contains("draft.json") && other.stderr.contains("slots"), "{}", other.stderr);
+
+    // The same settings go on, without training again.
+    let rest = program.compile("stopped", &args).expect(0).json();
+    assert!(rest["chunks"]["encoded"].as_u64().unwrap() > 0);
+    assert!(rest["chunks"]["encoded"].as_u64() < rest["chunks"]["total"].as_u64());
+    assert!(rest["documents"]["unchanged"].as_u64().unwrap() > 0);
+    let stages = rest["stages"].as_array().unwrap();
+    assert!(stages.iter().all(|stage| stage["name"] != "train"), "{stages:?}");
     assert_same_files(
         &published_files(&program.path().join("whole")),
         &published_files(&program.path().join("stopped")),

@@ -1,0 +1,106 @@
+//! The draft: what a first compile has settled before its first record, so that it can be gone on with.
+//!
+//! Comes in: fingerprints and the trained codec. Goes out: the same, to the run that goes on. What always holds: the
+//! codec's files are on the disk before the draft that names them, the draft before the first record; the first
+//! publication removes it, because the manifest says the same. Once there is a manifest nobody reads a draft.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::bank::error::BankError;
+use crate::bank::io::{store, write_file};
+use crate::bank::layout::FORMAT_VERSION;
+use crate::bank::manifest::{CodecDescription, CodecEntry};
+use crate::bank::writer::BankWriter;
+use crate::fingerprint::Fingerprint;
+
+const FORMAT: &str = "memory3 draft";
+const NAME: &str = "draft.json";
+
+/// What the unpublished shards of a bank without a manifest depend on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Draft {
+    format: String,
+    version: u32,
+    /// As [`crate::bank::Manifest::fingerprint`].
+    pub fingerprint: Fingerprint,
+    /// As [`crate::bank::Manifest::embedder`].
+    pub embedder: Fingerprint,
+    /// As [`crate::bank::Manifest::codec`].
+    pub codec: CodecEntry,
+}
+
+impl Draft {
+    /// Path of the draft of a bank.
+    pub fn path(dir: &Path) -> PathBuf {
+        dir.join("index").join(NAME)
+    }
+
+    /// The draft in `dir`, if there is one of this format.
+    ///
+    /// # Errors
+    /// [`BankError::Json`], [`BankError::Io`].
+    pub fn read(dir: &Path) -> Result<Option<Self>, BankError> {
+        let path = Self::path(dir);
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(BankError::Io { path, action: "read", source }),
+        };
+        let draft: Self = serde_json::from_slice(&bytes).map_err(|source| BankError::Json { path, source })?;
+        Ok(Some(draft).filter(|draft| draft.format == FORMAT && draft.version == FORMAT_VERSION))
+    }
+}
+
+impl BankWriter {
+    /// Makes the codec durable before the first record, so that an interrupted first compile need not train again.
+    /// Does nothing to a bank that has a generation: its manifest names the codec.
+    ///
+    /// # Errors
+    /// [`BankError::Io`].
+    pub fn keep_codec(
+        &self,
+        description: &CodecDescription,
+        files: &BTreeMap<String, Vec<u8>>,
+    ) -> Result<(), BankError> {
+        if self.published.is_some() {
+            return Ok(());
+        }
+        let draft = Draft {
+            format: FORMAT.to_owned(),
+            version: FORMAT_VERSION,
+            fingerprint: self.spec.fingerprint.clone(),
+            embedder: self.spec.embedder.clone(),
+            codec: CodecEntry { description: description.clone(), files: self.store_codec(files)? },
+        };
+        let path = Draft::path(self.dir());
+        let mut bytes = serde_json::to_vec_pretty(&draft).map_err(|source| BankError::Json { path, source })?;
+        bytes.push(b'\n');
+        write_file(&*self.io, &self.index_dir(), NAME, &bytes)
+    }
+
+    /// Stores the codec's files under names made of their content.
+    pub(crate) fn store_codec(
+        &self,
+        files: &BTreeMap<String, Vec<u8>>,
+    ) -> Result<BTreeMap<String, crate::bank::manifest::FileEntry>, BankError> {
+        let dir = self.index_dir();
+        let store =
+            |(name, bytes): (&String, &Vec<u8>)| Ok((name.clone(), store(&*self.io, &dir, "codec", "faiss", bytes)?));
+        files.iter().map(store).collect()
+    }
+
+    /// After the commit; a draft that stays behind is never read.
+    pub(crate) fn remove_draft(&self) {
+        let path = Draft::path(self.dir());
+        if path.exists()
+            && let Err(error) = self.io.remove(&path)
+        {
+            tracing::warn!("{}: cannot be removed: {error}; it may be deleted", path.display());
+        }
+    }
+}
