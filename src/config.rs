@@ -92,6 +92,8 @@ pub struct CodecConfig {
 pub struct EmbedderConfig {
     /// A Hugging Face directory of a text encoder.
     pub path: PathBuf,
+    /// `f32` or `bf16` (CPU only).
+    pub dtype: String,
 }
 
 /// Section `[retrieval]`.
@@ -157,7 +159,7 @@ impl Default for CodecConfig {
 
 impl Default for EmbedderConfig {
     fn default() -> Self {
-        Self { path: PathBuf::from("models/all-MiniLM-L6-v2") }
+        Self { path: PathBuf::from("models/all-MiniLM-L6-v2"), dtype: "f32".to_owned() }
     }
 }
 

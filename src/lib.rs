@@ -2,7 +2,7 @@
 //!
 //! The folders follow the data: [`corpus`] texts become chunks, [`model`] gives queries, keys and values,
 //! [`select`] picks the tokens, [`codec`] quantizes, [`embed`] makes the retrieval vectors, [`bank`] keeps
-//! everything on disk. [`pipeline`] joins the stages into the compile run. Without the default feature
+//! everything on disk; [`cpu`] has the arithmetic that models share. [`pipeline`] joins the stages into the compile run. Without the default feature
 //! `compile` only the reading side is built: [`bank`] and [`codec`], free of burn.
 
 pub mod bank;
@@ -18,6 +18,8 @@ pub mod config;
 pub mod corpus;
 #[cfg(feature = "compile")]
 pub mod cost;
+#[cfg(feature = "compile")]
+pub mod cpu;
 #[cfg(feature = "compile")]
 pub mod embed;
 #[cfg(feature = "compile")]

@@ -260,7 +260,7 @@ fn open(config: &Config) -> Result<Opened, PipelineError> {
     let layers = spec.resolve_layers(model_config.num_hidden_layers)?.len();
     let plan = TrainingPlan::new(&config.codec, layers, model_config.head_dim)?;
     let encoder = model::open(&config.model.path, chunker.prefix(), &spec, device, dtype)?;
-    let embedder = embed::open(&config.embedder.path, device)?;
+    let embedder = embed::open(&config.embedder.path, device, config.embedder.dtype.parse()?)?;
     Ok(Opened { chunker, encoder, embedder, corpus, plan, model_config, device, dtype })
 }
 

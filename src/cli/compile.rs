@@ -87,6 +87,9 @@ pub struct CompileArgs {
     /// f32 or bf16
     #[arg(long, env = "MEMORY3_DTYPE", help_heading = "Run")]
     dtype: Option<String>,
+    /// Number format of the text encoder on the CPU: f32 or bf16
+    #[arg(long, env = "MEMORY3_EMBEDDER_DTYPE", help_heading = "Run", value_name = "DTYPE")]
+    embedder_dtype: Option<String>,
     /// Worker threads; 0: one a core
     #[arg(long, env = "MEMORY3_THREADS", help_heading = "Run", value_name = "N")]
     threads: Option<usize>,
@@ -182,6 +185,7 @@ impl CompileArgs {
         set(&mut config.model.score, &self.score);
         set(&mut config.model.device, &self.device);
         set(&mut config.model.dtype, &self.dtype);
+        set(&mut config.embedder.dtype, &self.embedder_dtype);
         set(&mut config.codec.spec, &self.codec);
         set(&mut config.codec.scope, &self.codec_scope);
         set(&mut config.codec.training_vectors, &self.training_vectors);

@@ -13,7 +13,7 @@ use super::{Global, Outcome, output};
 use crate::bank::{Bank, BankError, Manifest};
 use crate::embed::{self, TextEmbedder};
 use crate::memory::RecordId;
-use crate::model::Device;
+use crate::model::{DType, Device};
 
 /// Queries that are embedded together.
 const BATCH: usize = 256;
@@ -101,7 +101,9 @@ pub fn run(global: &Global, args: &SearchArgs) -> anyhow::Result<Outcome> {
 
 /// Opens the text encoder and refuses one that did not make the bank's vectors.
 fn open_embedder(bank: &Bank, dir: &Path) -> anyhow::Result<Box<dyn TextEmbedder>> {
-    let embedder = embed::open(dir, Device::Cpu)?;
+    // Questions meet vectors that were made in the same number format.
+    let dtype = bank.manifest().embedder.get("dtype").map_or(Ok(DType::F32), str::parse)?;
+    let embedder = embed::open(dir, Device::Cpu, dtype)?;
     let differences = bank.manifest().embedder.differences(embedder.fingerprint());
     if differences.is_empty() {
         return Ok(embedder);

@@ -11,6 +11,9 @@ use rayon::prelude::*;
 use super::file::{Codebooks, CodecParts, Rotation};
 use super::kernel::{self, BLOCK, Level, Rows, Table};
 
+/// Vectors that one thread encodes alone: those of a chunk of the paper's shape. Who has many chunks has the threads.
+const INLINE_VECTORS: usize = 4096;
+
 /// `y = A x + bias`, on the kernels.
 #[derive(Debug)]
 pub(super) struct Rotator {
@@ -95,11 +98,12 @@ impl Encoder {
         }
     }
 
-    /// Encodes any number of vectors, blocks of them side by side on rayon's threads.
+    /// Encodes any number of vectors; many of them in blocks side by side on rayon's threads, those of a few chunks here.
     pub(super) fn encode(&self, parts: &CodecParts, vectors: &[f32], codes: &mut [u8]) {
         let (dim, code_bytes) = (parts.dim(), parts.spec().code_bytes());
-        if vectors.len() <= BLOCK * dim {
-            return self.encode_block(parts, vectors, codes);
+        if vectors.len() <= INLINE_VECTORS * dim {
+            let blocks = vectors.chunks(BLOCK * dim).zip(codes.chunks_mut(BLOCK * code_bytes));
+            return blocks.for_each(|(vectors, codes)| self.encode_block(parts, vectors, codes));
         }
         vectors
             .par_chunks(BLOCK * dim)

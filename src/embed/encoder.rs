@@ -1,15 +1,15 @@
-//! The BERT and XLM-RoBERTa encoder, on any backend.
+//! The BERT and XLM-RoBERTa encoder in burn: what GPUs run.
 //!
 //! In: token ids and positions `[batch, token]`, and a mask if texts are padded. Out: one vector for each text, pooled,
 //! not normalised. Names mirror the checkpoint's. Where only the first token's vector is asked for, the last layer
 //! computes that one alone.
 
+use burn::tensor::activation;
 use burn::tensor::backend::Backend;
-use burn::tensor::{DType, Int, Tensor, TensorData};
+use burn::tensor::{DType, Int, Tensor, TensorData, TensorPrimitive};
 
 use super::config::{EncoderConfig, Pooling};
 use super::error::EmbedError;
-use super::kernels::{AddNorm, EncoderBackend};
 use super::weights::Weights;
 
 /// Added to the score of a padding token: its weight is then exactly zero.
@@ -60,7 +60,8 @@ struct Layer<B: Backend> {
     output_norm: AddNorm<B>,
 }
 
-impl<B: EncoderBackend> Encoder<B> {
+#[cfg_attr(not(any(test, feature = "cuda")), allow(dead_code))]
+impl<B: Backend> Encoder<B> {
     /// Takes the weights from `weights` to `device`.
     ///
     /// # Errors
@@ -105,7 +106,7 @@ impl<B: EncoderBackend> Encoder<B> {
         let positions = self.indices(tokens.positions);
         let words = self.word_embeddings.clone().select(0, ids);
         let positions = self.position_embeddings.clone().select(0, positions);
-        let mut x = B::add_norm(words, positions, &self.norm);
+        let mut x = add_norm(words, positions, &self.norm);
 
         // 2. The layers; where the first token is enough, the last one gives [batch, dim].
         for (index, layer) in self.layers.iter().enumerate() {
@@ -146,7 +147,7 @@ impl<B: EncoderBackend> Encoder<B> {
     }
 }
 
-impl<B: EncoderBackend> Layer<B> {
+impl<B: Backend> Layer<B> {
     fn load(
         weights: &mut Weights,
         index: usize,
@@ -221,14 +222,55 @@ impl<B: EncoderBackend> Layer<B> {
 
         // 2. Attention: [batch, head, query, key] x [batch, head, key, head_dim].
         let scores = query.matmul(key.swap_dims(2, 3));
-        let attended = B::masked_softmax(scores, mask).matmul(value);
+        let attended = masked_softmax(scores, mask).matmul(value);
         let attended = attended.swap_dims(1, 2).reshape([batch * queries, dim]);
-        let x = B::add_norm(attended.matmul(self.attention_output.clone()), residual, &self.attention_norm);
+        let x = add_norm(attended.matmul(self.attention_output.clone()), residual, &self.attention_norm);
 
         // 3. Feed-forward.
-        let inner = B::bias_gelu(x.clone().matmul(self.intermediate.clone()), &self.intermediate_bias);
-        B::add_norm(inner.matmul(self.output.clone()), x, &self.output_norm)
+        let inner = bias_gelu(x.clone().matmul(self.intermediate.clone()), &self.intermediate_bias);
+        add_norm(inner.matmul(self.output.clone()), x, &self.output_norm)
     }
+}
+
+/// Scale, bias and epsilon of a layer norm, with the bias of the linear layer in front of it.
+#[derive(Clone, Debug)]
+struct AddNorm<B: Backend> {
+    /// `[dim]`: added before the norm.
+    bias: Tensor<B, 1>,
+    /// `[dim]`
+    gamma: Tensor<B, 1>,
+    /// `[dim]`
+    beta: Tensor<B, 1>,
+    eps: f64,
+}
+
+/// `norm(x + residual + bias)`; x and residual `[row, dim]`.
+fn add_norm<B: Backend>(x: Tensor<B, 2>, residual: Tensor<B, 2>, norm: &AddNorm<B>) -> Tensor<B, 2> {
+    let x = x + residual + norm.bias.clone().unsqueeze();
+    let normed = B::layer_norm(
+        x.into_primitive().tensor(),
+        norm.gamma.clone().into_primitive().tensor(),
+        Some(norm.beta.clone().into_primitive().tensor()),
+        norm.eps,
+    );
+    Tensor::from_primitive(TensorPrimitive::Float(normed))
+}
+
+/// `gelu(x + bias)`; x `[row, dim]`, bias `[dim]`.
+fn bias_gelu<B: Backend>(x: Tensor<B, 2>, bias: &Tensor<B, 1>) -> Tensor<B, 2> {
+    activation::gelu(x + bias.clone().unsqueeze())
+}
+
+/// Softmax over keys; scores `[batch, head, query, key]`, mask `[batch, key]`: 0, or a large negative number for padding.
+fn masked_softmax<B: Backend>(scores: Tensor<B, 4>, mask: Option<&Tensor<B, 2>>) -> Tensor<B, 4> {
+    let scores = match mask {
+        Some(mask) => {
+            let [batch, keys] = mask.dims();
+            scores + mask.clone().reshape([batch, 1, 1, keys])
+        }
+        None => scores,
+    };
+    activation::softmax(scores, 3)
 }
 
 fn take_norm<B: Backend>(

@@ -130,6 +130,12 @@ pub enum EmbedError {
         /// The device asked for.
         device: String,
     },
+    /// A number format that the device does not run.
+    #[error("device {device}: the text encoder runs in f32 there; use --embedder-dtype f32")]
+    Dtype {
+        /// The device asked for.
+        device: String,
+    },
     /// The device did not give the result back.
     #[error("device {device}: lost the result: {what}; run again, or use --device cpu")]
     Device {

@@ -6,11 +6,12 @@
 //! GPU texts run in padded batches whose shape depends on the text's own length only. Nothing here searches or stores.
 
 mod config;
-mod embedder;
+mod cpu_embedder;
+mod cpu_encoder;
 mod encoder;
 mod error;
-mod kernels;
-mod math;
+mod opened;
+mod padded_embedder;
 mod tokens;
 mod weights;
 
@@ -20,13 +21,18 @@ pub use config::{ParsePoolingError, Pooling};
 pub use error::EmbedError;
 
 use crate::fingerprint::Fingerprint;
-use crate::model::Device;
-use embedder::{Embedder, Opened};
+use crate::model::{DType, Device};
+use cpu_embedder::CpuEmbedder;
+use opened::Opened;
 
 /// Makes retrieval vectors of texts.
 pub trait TextEmbedder: Send + Sync {
     /// Floats in one vector.
     fn dim(&self) -> usize;
+
+    /// Texts that one call should be given: one where a call runs on its own thread and many threads may call at once,
+    /// all where a device takes as many as it gets.
+    fn texts_per_call(&self) -> usize;
 
     /// Vectors of `texts`: `texts.len() * dim` floats, `[text][dim]`, each vector L2-normalised. Texts beyond the model's
     /// length are cut off, as the model's authors do. Uses all threads of the current rayon pool.
@@ -48,29 +54,33 @@ pub struct EmbedOptions {
     pub max_seq_length: Option<usize>,
 }
 
-/// Opens the embedding model in `dir`, as its files say.
+/// Opens the embedding model in `dir`, as its files say. On the CPU, weights are held and multiplied in `dtype`.
 ///
 /// # Errors
 /// When a file is missing or damaged, or the model is none that this program runs.
-pub fn open(dir: &Path, device: Device) -> Result<Box<dyn TextEmbedder>, EmbedError> {
-    open_with(dir, device, &EmbedOptions::default())
+pub fn open(dir: &Path, device: Device, dtype: DType) -> Result<Box<dyn TextEmbedder>, EmbedError> {
+    open_with(dir, device, dtype, &EmbedOptions::default())
 }
 
 /// Opens the embedding model in `dir`; `options` go before its files.
 ///
 /// # Errors
 /// As [`open`].
-pub fn open_with(dir: &Path, device: Device, options: &EmbedOptions) -> Result<Box<dyn TextEmbedder>, EmbedError> {
+pub fn open_with(
+    dir: &Path,
+    device: Device,
+    dtype: DType,
+    options: &EmbedOptions,
+) -> Result<Box<dyn TextEmbedder>, EmbedError> {
     let opened = Opened::read(dir, options)?;
     match device {
-        Device::Cpu => {
-            let device = burn::backend::flex::FlexDevice;
-            Ok(Box::new(Embedder::<burn::backend::Flex>::alone(opened, &device)?))
-        }
+        Device::Cpu => Ok(Box::new(CpuEmbedder::load(opened, dtype)?)),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(_) if dtype != DType::F32 => Err(EmbedError::Dtype { device: device.to_string() }),
         #[cfg(feature = "cuda")]
         Device::Cuda(number) => {
             let device = burn::backend::cuda::CudaDevice::new(number);
-            Ok(Box::new(Embedder::<burn::backend::Cuda>::padded(opened, &device)?))
+            Ok(Box::new(padded_embedder::PaddedEmbedder::<burn::backend::Cuda>::load(opened, &device)?))
         }
         #[cfg(not(feature = "cuda"))]
         Device::Cuda(_) => Err(EmbedError::NoCuda { device: device.to_string() }),

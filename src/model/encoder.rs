@@ -4,13 +4,13 @@
 //! on the rayon pool: for the CPU. [`PaddedEncoder`] runs batches of one fixed shape: for GPUs. In both a chunk's
 //! memory depends on nothing but the chunk; that is tested byte for byte.
 
-use burn::backend::Flex;
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor, TensorData};
 use rayon::prelude::*;
 
+use super::cpu_model::{CpuModel, Features};
 use super::error::ModelError;
-use super::memory_model::{DenseLayer, MemoryModel, to_host};
+use super::memory_model::{MemoryModel, to_host};
 use super::prefix::PrefixKv;
 use super::{MAX_CHUNK_TOKENS, MemoryEncoder};
 use crate::fingerprint::Fingerprint;
@@ -19,27 +19,26 @@ use crate::select;
 
 /// Encodes each chunk alone, unpadded, chunks in parallel.
 pub struct ExactEncoder {
-    model: MemoryModel<Flex>,
+    model: CpuModel,
 }
 
 impl ExactEncoder {
     /// Wraps a loaded model.
-    pub fn new(model: MemoryModel<Flex>) -> Self {
+    pub fn new(model: CpuModel) -> Self {
         Self { model }
     }
 
     fn encode_one(&self, index: usize, chunk: &[u32]) -> Result<Memory, ModelError> {
-        let model = &self.model;
-        model.check_chunk(index, chunk)?;
-        let shape = model.shape();
+        let setup = &self.model.setup;
+        setup.check_chunk(index, chunk)?;
+        let shape = setup.shape();
         let mut memory = empty(shape, chunk.len());
         let mut result = Ok(());
-        model.run(chunk.to_vec(), [1, chunk.len()], |place, features| {
+        self.model.run(chunk, |place, features| {
             if result.is_ok() {
-                result = model.dense_layer(place, chunk.len(), features).and_then(|dense| {
-                    keep(&mut memory, shape, place, &dense);
-                    check_finite(&memory, shape, place, index, model.layers[place])
-                });
+                let weights = self.model.weights(chunk.len(), &features);
+                keep(&mut memory, shape, place, &weights, features);
+                result = check_finite(&memory, shape, place, index, setup.layers[place]);
             }
         });
         result.map(|()| memory)
@@ -48,11 +47,15 @@ impl ExactEncoder {
 
 impl MemoryEncoder for ExactEncoder {
     fn shape(&self) -> MemoryShape {
-        self.model.shape()
+        self.model.setup.shape()
     }
 
     fn layers(&self) -> &[usize] {
-        &self.model.layers
+        &self.model.setup.layers
+    }
+
+    fn chunks_per_call(&self) -> usize {
+        1
     }
 
     fn encode(&self, chunks: &[&[u32]]) -> Result<Vec<Memory>, ModelError> {
@@ -84,7 +87,7 @@ impl<B: Backend> PaddedEncoder<B> {
     /// `first`: index of the first of these chunks in the caller's batch.
     fn encode_batch(&self, first: usize, chunks: &[&[u32]]) -> Result<Vec<Memory>, ModelError> {
         let model = &self.model;
-        let shape = model.shape();
+        let shape = model.setup.shape();
         let MemoryShape { layers, kv_heads, slots, head_dim } = shape;
         let (batch, len) = (self.batch, MAX_CHUNK_TOKENS);
 
@@ -92,7 +95,7 @@ impl<B: Backend> PaddedEncoder<B> {
         let mut tokens = vec![0_u32; batch * len];
         let mut real = vec![0.0_f32; batch * len];
         for (row, chunk) in chunks.iter().enumerate() {
-            model.check_chunk(first + row, chunk)?;
+            model.setup.check_chunk(first + row, chunk)?;
             tokens[row * len..][..chunk.len()].copy_from_slice(chunk);
             real[row * len..][..chunk.len()].fill(1.0);
         }
@@ -105,7 +108,7 @@ impl<B: Backend> PaddedEncoder<B> {
         let mut weights = Vec::with_capacity(layers);
         let mut vectors = Vec::with_capacity(layers);
         model.run(tokens, [batch, len], |_, features| {
-            weights.push(select::device::weights(features.q, features.k, real.clone(), model.score));
+            weights.push(select::device::weights(features.q, features.k, real.clone(), model.setup.score));
             vectors.push((features.k_rotated, features.v));
         });
         let weights = to_host(Tensor::cat(weights, 1))?; // [batch, layer * kv_head, token]
@@ -117,7 +120,10 @@ impl<B: Backend> PaddedEncoder<B> {
             for (head, tokens) in memory.tokens.chunks_exact_mut(slots).enumerate() {
                 let weights = &weights[(row * layers * kv_heads + head) * len..][..chunk.len()];
                 if weights.iter().any(|weight| !weight.is_finite()) {
-                    return Err(ModelError::NotFinite { chunk: first + row, layer: model.layers[head / kv_heads] });
+                    return Err(ModelError::NotFinite {
+                        chunk: first + row,
+                        layer: model.setup.layers[head / kv_heads],
+                    });
                 }
                 select::top(weights, tokens);
                 let (layer, kv_head) = (head / kv_heads, head % kv_heads);
@@ -148,7 +154,7 @@ impl<B: Backend> PaddedEncoder<B> {
                 head[usize::from(memory.count) * head_dim..].fill(0.0);
             }
             for place in 0..layers {
-                check_finite(memory, shape, place, first + row, model.layers[place])?;
+                check_finite(memory, shape, place, first + row, model.setup.layers[place])?;
             }
         }
         Ok(memories)
@@ -160,11 +166,15 @@ where
     MemoryModel<B>: Send + Sync,
 {
     fn shape(&self) -> MemoryShape {
-        self.model.shape()
+        self.model.setup.shape()
     }
 
     fn layers(&self) -> &[usize] {
-        &self.model.layers
+        &self.model.setup.layers
+    }
+
+    fn chunks_per_call(&self) -> usize {
+        self.batch
     }
 
     fn encode(&self, chunks: &[&[u32]]) -> Result<Vec<Memory>, ModelError> {
@@ -195,19 +205,19 @@ fn empty(shape: MemoryShape, tokens: usize) -> Memory {
 }
 
 /// Selects at the memory layer with index `place` and copies the selected keys and values.
-fn keep(memory: &mut Memory, shape: MemoryShape, place: usize, dense: &DenseLayer) {
+fn keep(memory: &mut Memory, shape: MemoryShape, place: usize, weights: &[f32], features: Features<'_>) {
     let MemoryShape { kv_heads, slots, head_dim, .. } = shape;
-    let tokens = dense.weights.len() / kv_heads;
+    let tokens = weights.len() / kv_heads;
     let layer_vectors = &mut memory.vectors[place * 2 * kv_heads * slots * head_dim..];
     let (keys, values) = layer_vectors.split_at_mut(kv_heads * slots * head_dim);
     for head in 0..kv_heads {
         let indices = &mut memory.tokens[(place * kv_heads + head) * slots..][..slots];
-        let count = select::top(&dense.weights[head * tokens..][..tokens], indices);
+        let count = select::top(&weights[head * tokens..][..tokens], indices);
         for (slot, &token) in indices[..count].iter().enumerate() {
             let from = (usize::from(token) * kv_heads + head) * head_dim;
             let to = (head * slots + slot) * head_dim;
-            keys[to..][..head_dim].copy_from_slice(&dense.k_rotated[from..][..head_dim]);
-            values[to..][..head_dim].copy_from_slice(&dense.v[from..][..head_dim]);
+            keys[to..][..head_dim].copy_from_slice(&features.k_rotated[from..][..head_dim]);
+            values[to..][..head_dim].copy_from_slice(&features.v[from..][..head_dim]);
         }
     }
 }

@@ -1,12 +1,13 @@
 //! The model stage: token ids of chunks go in, memories come out.
 //!
 //! [`open`] loads the writing side of a Hugging Face directory (`config.rs`, `weights.rs`), computes the prefix, and
-//! gives a [`MemoryEncoder`]. The forward pass is `decoder.rs`, generic over burn's backends; `memory_model.rs` joins it
-//! with weights, positions and prefix; `encoder.rs` selects and gathers. Nothing here knows about text, codecs or files
+//! gives a [`MemoryEncoder`]. The forward pass is `cpu_model.rs` on the CPU, and `decoder.rs`, generic over burn's
+//! backends, on GPUs, where `memory_model.rs` joins it with weights, positions and prefix; `encoder.rs` selects and gathers. Nothing here knows about text, codecs or files
 //! of a bank.
 
 mod config;
 mod cost_shape;
+mod cpu_model;
 mod decoder;
 mod device;
 mod encoder;
@@ -15,6 +16,7 @@ mod init;
 mod memory_model;
 mod prefix;
 mod rope;
+mod setup;
 mod weights;
 
 use std::path::Path;
@@ -26,12 +28,13 @@ use crate::memory::{Memory, MemoryShape};
 use crate::select::Score;
 
 pub use config::{Family, ModelConfig};
+pub use cpu_model::{CpuModel, DenseLayer};
 pub use decoder::{Decoder, DecoderLayer, LastLayer, LayerCache, LayerFeatures, Mlp, Projections, Rope, causal_mask};
 pub use device::{DType, Device, ParseDeviceError};
 pub use encoder::{ExactEncoder, PaddedEncoder};
 pub use error::ModelError;
 pub use init::{InitError, InitOptions, InitReport, ParsePresetError, Preset, PresetShape, init_model};
-pub use memory_model::{DenseLayer, LoadedSize, MemoryModel};
+pub use memory_model::{LoadedSize, MemoryModel};
 pub use prefix::PrefixKv;
 pub use rope::{RopeConfig, RopeScaling, RopeTable};
 pub use weights::{WeightFiles, WeightReader};
@@ -85,6 +88,10 @@ pub trait MemoryEncoder: Send + Sync {
     /// The memory layers, increasing.
     fn layers(&self) -> &[usize];
 
+    /// Chunks that one call should be given: one where a call runs on its own thread and many threads may call at once,
+    /// more where a device takes that many together from one caller.
+    fn chunks_per_call(&self) -> usize;
+
     /// The memories of `chunks`, in their order. A chunk gives the same bytes whatever it is batched with.
     ///
     /// # Errors
@@ -104,7 +111,7 @@ pub trait MemoryEncoder: Send + Sync {
 ///
 /// # Errors
 /// The directory is no model that can be run, `spec` or `prefix` does not fit it, or this build or machine has no such
-/// device. The CPU runs f32 only.
+/// device.
 pub fn open(
     dir: &Path,
     prefix: &[u32],
@@ -112,17 +119,14 @@ pub fn open(
     device: Device,
     dtype: DType,
 ) -> Result<Box<dyn MemoryEncoder>, ModelError> {
-    let refuse = |cause| Err(ModelError::Device { device, dtype, cause });
     match (device, dtype) {
-        (Device::Cpu, DType::F32) => {
-            Ok(Box::new(ExactEncoder::new(MemoryModel::load(dir, prefix, spec, &Default::default())?)))
-        }
-        (Device::Cpu, DType::Bf16) => refuse("bf16 is for GPUs; use --dtype f32"),
+        (Device::Cpu, dtype) => Ok(Box::new(ExactEncoder::new(CpuModel::load(dir, prefix, spec, dtype)?))),
         #[cfg(feature = "cuda")]
         (Device::Cuda(number), dtype) => open_cuda(dir, prefix, spec, number, dtype),
         #[cfg(not(feature = "cuda"))]
         (Device::Cuda(_), _) => {
-            refuse("this build has no GPU support; build with --features cuda, or use --device cpu")
+            let cause = "this build has no GPU support; build with --features cuda, or use --device cpu";
+            Err(ModelError::Device { device, dtype, cause })
         }
     }
 }

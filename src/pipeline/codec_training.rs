@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 
 use super::PipelineError;
 use super::progress::{Phase, Progress, StopFlag};
+use super::stages::on_all;
 use super::survey::Sampled;
 use crate::bank::CodecDescription;
 use crate::codec::quality::Quality;
@@ -158,7 +159,8 @@ impl TrainingPlan {
                 return Ok(None);
             }
             let tokens: Vec<&[u32]> = batch.iter().map(|(_, tokens)| tokens.as_slice()).collect();
-            let memories = progress.sample.measure(batch.len(), || encoder.encode(&tokens))?;
+            let memories =
+                on_all(&progress.sample, &tokens, encoder.chunks_per_call(), |_, tokens| Ok(encoder.encode(tokens)?))?;
             for (((_, content), _), memory) in batch.iter().zip(&memories) {
                 sample.add(content, memory);
             }

@@ -81,8 +81,7 @@ pub struct StageReport {
     pub name: &'static str,
     /// Items done: chunks, or vectors for training.
     pub items: u64,
-    /// Time in which the stage had a batch in hand. Stages run side by side and share the cores, so that these
-    /// times overlap and contain waits for a core.
+    /// Time spent working, all threads together, not waiting for other stages.
     pub busy_seconds: f64,
 }
 

@@ -12,6 +12,7 @@ use std::thread;
 use std::time::Instant;
 
 use crossbeam::channel::{Receiver, Sender, bounded};
+use rayon::prelude::*;
 
 use super::progress::{Progress, StageMeter, StopFlag};
 use super::report::{ChunkCounts, DocumentCounts};
@@ -120,13 +121,12 @@ impl Stages<'_> {
         let (to_quantize, encoded) = bounded::<Work<Vec<Memory>>>(CHANNEL_BATCHES);
         let (to_embed, quantized) = bounded::<Work<Quantized>>(CHANNEL_BATCHES);
         let (to_write, embedded) = bounded::<Work<(Quantized, Vec<f32>)>>(CHANNEL_BATCHES);
-        let progress = self.progress;
 
         thread::scope(|scope| {
             let read = scope.spawn(|| self.read(writer, &in_flight, ledger, to_encode));
-            let encode = scope.spawn(|| each(&progress.encode, batches, to_quantize, |batch| self.encode(batch)));
-            let quantize = scope.spawn(|| each(&progress.quantize, encoded, to_embed, |work| Ok(self.quantize(work))));
-            let embed = scope.spawn(|| each(&progress.embed, quantized, to_write, |work| self.embed(work)));
+            let encode = scope.spawn(|| each(batches, to_quantize, |batch| self.encode(batch)));
+            let quantize = scope.spawn(|| each(encoded, to_embed, |work| self.quantize(work)));
+            let embed = scope.spawn(|| each(quantized, to_write, |work| self.embed(work)));
             let write = scope.spawn(|| self.write(writer, &in_flight, embedded));
 
             let join = |handle: thread::ScopedJoinHandle<'_, Result<(), PipelineError>>| {
@@ -278,29 +278,37 @@ impl Stages<'_> {
         Ok(true)
     }
 
-    fn encode(&self, batch: Batch) -> Result<(usize, Work<Vec<Memory>>), PipelineError> {
+    fn encode(&self, batch: Batch) -> Result<Work<Vec<Memory>>, PipelineError> {
         let chunks: Vec<&[u32]> = batch.chunks.iter().map(|chunk| chunk.tokens.as_slice()).collect();
-        let named = |source: ModelError| match source.chunk().and_then(|chunk| batch.chunks.get(chunk)) {
-            Some(chunk) => PipelineError::Encode { origin: Arc::clone(&chunk.document), source },
+        let named = |first: usize, source: ModelError| match source.chunk() {
+            Some(chunk) => PipelineError::Encode { origin: Arc::clone(&batch.chunks[first + chunk].document), source },
             None => source.into(),
         };
-        let made = if chunks.is_empty() { Vec::new() } else { self.encoder.encode(&chunks).map_err(named)? };
-        Ok((batch.chunks.len(), Work { batch, made }))
+        let made = on_all(&self.progress.encode, &chunks, self.encoder.chunks_per_call(), |first, chunks| {
+            self.encoder.encode(chunks).map_err(|source| named(first, source))
+        })?;
+        Ok(Work { batch, made })
     }
 
-    fn quantize(&self, work: Work<Vec<Memory>>) -> (usize, Work<Quantized>) {
+    fn quantize(&self, work: Work<Vec<Memory>>) -> Result<Work<Quantized>, PipelineError> {
         let Work { batch, made: memories } = work;
-        let mut codes = Vec::new();
-        self.codec.encode_memories(&memories, &self.encoder.shape(), &mut codes);
+        let shape = self.encoder.shape();
+        let codes = on_all(&self.progress.quantize, &memories, 1, |_, memories| {
+            let mut codes = Vec::new();
+            self.codec.encode_memories(memories, &shape, &mut codes);
+            Ok(codes)
+        })?;
         let memories = memories.into_iter().map(|memory| (memory.tokens, memory.count)).collect();
-        (batch.chunks.len(), Work { batch, made: Quantized { codes, memories } })
+        Ok(Work { batch, made: Quantized { codes, memories } })
     }
 
-    fn embed(&self, work: Work<Quantized>) -> Result<(usize, Work<(Quantized, Vec<f32>)>), PipelineError> {
+    fn embed(&self, work: Work<Quantized>) -> Result<Work<(Quantized, Vec<f32>)>, PipelineError> {
         let Work { batch, made: quantized } = work;
         let texts: Vec<&str> = batch.chunks.iter().map(|chunk| chunk.text.as_str()).collect();
-        let vectors = if texts.is_empty() { Vec::new() } else { self.embedder.embed(&texts)? };
-        Ok((batch.chunks.len(), Work { batch, made: (quantized, vectors) }))
+        let vectors = on_all(&self.progress.embed, &texts, self.embedder.texts_per_call(), |_, texts| {
+            Ok(self.embedder.embed(texts)?)
+        })?;
+        Ok(Work { batch, made: (quantized, vectors) })
     }
 
     fn write(
@@ -364,20 +372,33 @@ fn code_bytes_per_memory(codec: &CodecSet, shape: &MemoryShape) -> usize {
 
 /// Feeds everything that comes in through `work`, and passes it on, until the input ends or nobody takes the output.
 fn each<I, O>(
-    meter: &StageMeter,
     input: Receiver<I>,
     output: Sender<O>,
-    mut work: impl FnMut(I) -> Result<(usize, O), PipelineError>,
+    mut work: impl FnMut(I) -> Result<O, PipelineError>,
 ) -> Result<(), PipelineError> {
     for item in input {
-        let started = Instant::now();
-        let (items, made) = work(item)?;
-        meter.add(items, started.elapsed());
-        if output.send(made).is_err() {
+        if output.send(work(item)?).is_err() {
             break;
         }
     }
     Ok(())
+}
+
+/// Does `work` on items, `per_call` at a time, and strings the results together. One at a time means: on all threads of
+/// rayon's pool, so that stages share the cores. `work` also gets the index of its first item.
+pub(super) fn on_all<I: Sync, O: Send>(
+    meter: &StageMeter,
+    items: &[I],
+    per_call: usize,
+    work: impl Fn(usize, &[I]) -> Result<Vec<O>, PipelineError> + Sync,
+) -> Result<Vec<O>, PipelineError> {
+    let call = |(index, items): (usize, &[I])| meter.measure(items.len(), || work(index * per_call, items));
+    let made: Vec<Vec<O>> = if per_call == 1 {
+        items.par_chunks(1).enumerate().map(call).collect::<Result<_, _>>()?
+    } else {
+        items.chunks(per_call).enumerate().map(call).collect::<Result<_, _>>()?
+    };
+    Ok(made.into_iter().flatten().collect())
 }
 
 /// Locks; a poisoned lock means that a stage has panicked, and that panic is what ends the run.

@@ -3,13 +3,13 @@
 use std::path::Path;
 
 use memory3::embed::{self, EmbedError, EmbedOptions, Pooling};
-use memory3::model::Device;
+use memory3::model::{DType, Device};
 use serde_json::{Value, json};
 
 use super::{copy_of, fixtures, open, texts};
 
 fn error(dir: &Path) -> EmbedError {
-    match embed::open(dir, Device::Cpu) {
+    match embed::open(dir, Device::Cpu, DType::F32) {
         Ok(_) => panic!("{}: opened", dir.display()),
         Err(error) => error,
     }
@@ -86,7 +86,7 @@ fn a_missing_pooling_file_is_an_error_until_the_option_says_the_pooling() {
     let as_published = open(&fixtures().join("tiny-bert-cls")).embed(&[&texts[9]]).unwrap();
     let with = |pooling| {
         let options = EmbedOptions { pooling: Some(pooling), ..EmbedOptions::default() };
-        embed::open_with(copy.path(), Device::Cpu, &options).unwrap()
+        embed::open_with(copy.path(), Device::Cpu, DType::F32, &options).unwrap()
     };
     assert_eq!(with(Pooling::Cls).embed(&[&texts[9]]).unwrap(), as_published);
     assert_ne!(with(Pooling::Mean).embed(&[&texts[9]]).unwrap(), as_published);
@@ -158,6 +158,6 @@ fn a_tokenizer_of_another_model_is_refused_when_it_gives_an_unknown_token() {
 #[cfg(not(feature = "cuda"))]
 #[test]
 fn a_gpu_is_refused_in_a_build_without_gpus() {
-    let Err(error) = embed::open(&fixtures().join("tiny-xlmr"), Device::Cuda(0)) else { panic!("opened") };
+    let Err(error) = embed::open(&fixtures().join("tiny-xlmr"), Device::Cuda(0), DType::F32) else { panic!("opened") };
     assert!(error.to_string().contains("--features cuda"), "{error}");
 }

@@ -11,7 +11,7 @@ mod parity;
 use std::path::{Path, PathBuf};
 
 use memory3::embed::{self, TextEmbedder};
-use memory3::model::Device;
+use memory3::model::{DType, Device};
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/embed")
@@ -22,7 +22,7 @@ fn texts() -> Vec<String> {
 }
 
 fn open(dir: &Path) -> Box<dyn TextEmbedder> {
-    embed::open(dir, Device::Cpu).unwrap()
+    embed::open(dir, Device::Cpu, DType::F32).unwrap()
 }
 
 fn embed_all(embedder: &dyn TextEmbedder, texts: &[String]) -> Vec<f32> {

@@ -2,7 +2,9 @@
 
 use burn::backend::Flex;
 use memory3::memory::Memory;
-use memory3::model::{DType, Device, ExactEncoder, MemoryEncoder, MemoryModel, MemorySpec, PaddedEncoder, open};
+use memory3::model::{
+    CpuModel, DType, Device, ExactEncoder, MemoryEncoder, MemoryModel, MemorySpec, PaddedEncoder, open,
+};
 use memory3::select::Score;
 
 use super::{FAMILIES, PREFIX, dir, tokens};
@@ -73,9 +75,10 @@ fn padded_batches_select_what_exact_chunks_select() {
     for family in FAMILIES {
         for score in [Score::Softmax, Score::Exp] {
             let spec = MemorySpec { score, ..MemorySpec::default() };
-            let load = || MemoryModel::<Flex>::load(&dir(family), &PREFIX, &spec, &Default::default()).unwrap();
-            let exact = ExactEncoder::new(load()).encode(&slices(&chunks)).unwrap();
-            let padded = PaddedEncoder::new(load(), 3).encode(&slices(&chunks)).unwrap();
+            let exact = CpuModel::load(&dir(family), &PREFIX, &spec, DType::F32).unwrap();
+            let exact = ExactEncoder::new(exact).encode(&slices(&chunks)).unwrap();
+            let padded = MemoryModel::<Flex>::load(&dir(family), &PREFIX, &spec, &Default::default()).unwrap();
+            let padded = PaddedEncoder::new(padded, 3).encode(&slices(&chunks)).unwrap();
             for (chunk, (exact, padded)) in exact.iter().zip(&padded).enumerate() {
                 let what = format!("{family}, {score}, chunk {chunk}");
                 assert_eq!((exact.count, &exact.tokens), (padded.count, &padded.tokens), "{what}");

@@ -1,0 +1,12 @@
+//! Arithmetic of transformer layers on the CPU: what decoder and text encoder share.
+//!
+//! In: rows of f32. Out: rows of f32. [`PackedMatrix`] multiplies them by weights, [`Keys`] lets queries attend, `math`
+//! has the passes between. Everything runs on the calling thread: who has many chunks or texts runs them side by side. What
+//! always holds: a row's result does not depend on how many other rows there are.
+
+pub mod attention;
+pub mod math;
+pub mod product;
+
+pub use attention::Keys;
+pub use product::{Finish, Format, PackedMatrix, Rows};

@@ -1,0 +1,944 @@
+//! Linear layers on the CPU: rows of f32 times a weight matrix that was packed once, in f32 or in bf16.
+//!
+//! In: rows `[m][k]` of f32 and a [`PackedMatrix`] made from weights `[n][k]`, as checkpoints store them. Out: `[m][n]`
+//! of f32, or what a [`Finish`] makes of it while the sums are still in the cache. One call runs on the calling thread.
+//!
+//! Always holds: a row's result depends on that row and the matrix alone. Each sum starts at the bias and takes its `k`
+//! terms in order, one at a time, whatever stands beside it, so neither the number of rows nor their order can change
+//! a bit. f32: AVX2 and AVX-512 give the same bits as each other (fused multiply-add); the portable level rounds the
+//! product first and may differ in the last bits. bf16: rows are rounded to bf16 too, products are exact and sums are
+//! f32; all levels add in the order of the processor's own instruction and give its bits, save that the instruction
+//! takes subnormal numbers for zero. A machine always takes the same level.
+//!
+//! How: weights lie in tiles of 32 columns, `[tile][step][32]`, a step being one f32 or two bf16: 4 bytes either way,
+//! so the two formats share everything but the multiplication. Rows are packed in groups of up to 12. A group by a tile
+//! is one register block; a tile is taken in runs of steps that stay in the second cache while all groups pass over them, and meanwhile
+//! the next run is fetched.
+//!
+//! The only `unsafe` is vector loads and stores, and the calls into the levels after the processor was asked for them.
+#![allow(unsafe_code)]
+
+use std::cell::RefCell;
+
+/// Columns in a tile. Every level's register block divides it.
+const TILE: usize = 32;
+
+/// Most steps of a tile that all groups pass over before the next steps come.
+const RUN: usize = 512;
+
+/// Rows that are packed at a time.
+const BLOCK: usize = 256;
+
+/// How weights, and rows while they are multiplied, are held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// As given.
+    F32,
+    /// Rounded to nearest, ties to even; sums are f32.
+    Bf16,
+}
+
+/// Which instructions run. Chosen when a matrix is packed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Level {
+    /// Plain Rust that the compiler vectorises for the target's baseline.
+    Portable,
+    /// AVX2 and FMA.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// AVX-512 F.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    /// AVX-512 F and BF16, for matrices in bf16.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
+}
+
+impl Level {
+    /// The levels that this machine can run, slowest first. The tests compare them.
+    fn available(format: Format) -> Vec<Self> {
+        let mut levels = vec![Self::Portable];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+                levels.push(Self::Avx2);
+            }
+            if std::arch::is_x86_feature_detected!("avx512f") {
+                levels.push(Self::Avx512);
+                if format == Format::Bf16 && std::arch::is_x86_feature_detected!("avx512bf16") {
+                    levels.push(Self::Avx512Bf16);
+                }
+            }
+        }
+        levels
+    }
+
+    /// The fastest level of this machine.
+    fn detect(format: Format) -> Self {
+        Self::available(format).last().copied().unwrap_or(Self::Portable)
+    }
+}
+
+/// A value for each column of a tile, in two cache lines of its own.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+struct Line<T>([T; TILE]);
+
+/// The weights of a linear layer, packed for [`PackedMatrix::multiply`].
+#[derive(Debug)]
+pub struct PackedMatrix {
+    format: Format,
+    level: Level,
+    /// Length of a row that is multiplied.
+    depth: usize,
+    /// Length of a row of the result.
+    columns: usize,
+    /// Depth in steps.
+    steps: usize,
+    /// `[tile][step]`: the columns' f32 bits, or two bf16 of each column, the earlier one low.
+    values: Vec<Line<u32>>,
+    /// `[tile]`: where each column's sum starts.
+    bias: Vec<Line<f32>>,
+    gated: bool,
+}
+
+/// What becomes of the sums.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// `out = sum`.
+    Store,
+    /// `out = out + sum`: the residual connection.
+    Add,
+}
+
+/// Row-major rows: row `i` is `data[i * stride..][..depth]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows<'a> {
+    /// The rows, `stride` apart.
+    pub data: &'a [f32],
+    /// Floats from one row to the next.
+    pub stride: usize,
+}
+
+impl PackedMatrix {
+    /// Packs `weights`, which is `[columns][depth]`.
+    ///
+    /// # Panics
+    /// If the length of `weights` is not `columns * depth`, or `depth` is 0.
+    pub fn new(format: Format, weights: &[f32], columns: usize, depth: usize) -> Self {
+        assert_eq!(weights.len(), columns * depth, "weights must be [columns][depth]");
+        Self::pack(format, columns, depth, |column| weights.get(column * depth..(column + 1) * depth))
+    }
+
+    /// Packs weights that are given row by row.
+    ///
+    /// # Panics
+    /// If `depth` is 0.
+    pub fn from_rows<'a>(format: Format, columns: usize, depth: usize, row: impl Fn(usize) -> &'a [f32]) -> Self {
+        Self::pack(format, columns, depth, |column| (column < columns).then(|| row(column)))
+    }
+
+    /// Packs two matrices of `[columns][depth]` for the product `silu(gate) * up`, which is then what
+    /// [`PackedMatrix::multiply`] gives.
+    ///
+    /// # Panics
+    /// If the length of `gate` or `up` is not `columns * depth`, or `depth` is 0.
+    pub fn gated(format: Format, gate: &[f32], up: &[f32], columns: usize, depth: usize) -> Self {
+        assert_eq!((gate.len(), up.len()), (columns * depth, columns * depth), "weights must be [columns][depth]");
+        // The halves of a tile are the gates and the ups of the same columns.
+        let half = TILE / 2;
+        let mut matrix = Self::pack(format, columns.div_ceil(half) * TILE, depth, |packed| {
+            let column = packed / TILE * half + packed % half;
+            let source = if packed % TILE < half { gate } else { up };
+            source.get(column * depth..(column + 1) * depth)
+        });
+        (matrix.columns, matrix.gated) = (columns, true);
+        matrix
+    }
+
+    /// The same matrix with `bias` added to each row of its products.
+    ///
+    /// # Panics
+    /// If the length of `bias` is not the number of columns, or the matrix is gated.
+    pub fn with_bias(mut self, bias: &[f32]) -> Self {
+        assert!(bias.len() == self.columns && !self.gated, "bias must be [columns] of a plain matrix");
+        for (line, bias) in self.bias.iter_mut().zip(bias.chunks(TILE)) {
+            line.0[..bias.len()].copy_from_slice(bias);
+        }
+        self
+    }
+
+    /// `row_of` gives the weights of a packed column, or nothing where it is padding.
+    fn pack<'a>(format: Format, columns: usize, depth: usize, row_of: impl Fn(usize) -> Option<&'a [f32]>) -> Self {
+        assert!(depth > 0, "a matrix needs a depth");
+        let steps = match format {
+            Format::F32 => depth,
+            Format::Bf16 => depth.div_ceil(2),
+        };
+        let tiles = columns.div_ceil(TILE);
+        let mut values = vec![Line([0; TILE]); tiles * steps];
+        let mut room = vec![0; steps];
+        for column in 0..tiles * TILE {
+            let Some(row) = row_of(column) else { continue };
+            let cells = match format {
+                Format::F32 => cells_of_f32(row, &mut room),
+                Format::Bf16 => cells_of_bf16(row, &mut room),
+            };
+            for (line, &cell) in values[column / TILE * steps..].iter_mut().zip(cells) {
+                line.0[column % TILE] = cell;
+            }
+        }
+        let bias = vec![Line([0.0; TILE]); tiles];
+        Self { format, level: Level::detect(format), depth, columns, steps, values, bias, gated: false }
+    }
+
+    /// Length of a row that is multiplied.
+    pub fn depth(&self) -> usize {
+        self.depth
+    }
+
+    /// Length of a row of the result.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Multiplies as many rows as `out`, `[rows][columns]`, has room for.
+    ///
+    /// # Panics
+    /// If `rows` has fewer rows than `out`, or they are shorter than the matrix is deep.
+    pub fn multiply(&self, rows: Rows<'_>, finish: Finish, out: &mut [f32]) {
+        SCRATCH.with_borrow_mut(|scratch| {
+            for (block, out) in out.chunks_mut(BLOCK * self.columns).enumerate() {
+                let rows = Rows { data: &rows.data[block * BLOCK * rows.stride..], stride: rows.stride };
+                self.multiply_block(rows, finish, out, scratch);
+            }
+        });
+    }
+
+    fn multiply_block(&self, rows: Rows<'_>, finish: Finish, out: &mut [f32], scratch: &mut Scratch) {
+        match (self.format, self.level) {
+            (Format::F32, Level::Portable) => portable::f32::multiply(self, rows, finish, out, scratch),
+            (Format::Bf16, Level::Portable) => portable::bf16::multiply(self, rows, finish, out, scratch),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `Level::available` yields this level only where AVX2 and FMA were detected.
+            (Format::F32, Level::Avx2) => unsafe { avx2::f32::multiply(self, rows, finish, out, scratch) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `Level::available` yields this level only where AVX2 and FMA were detected.
+            (Format::Bf16, Level::Avx2) => unsafe { avx2::bf16::multiply(self, rows, finish, out, scratch) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `Level::available` yields these levels only where AVX-512 F was detected.
+            (Format::F32, Level::Avx512 | Level::Avx512Bf16) => unsafe {
+                avx512::f32::multiply(self, rows, finish, out, scratch)
+            },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `Level::available` yields this level only where AVX-512 F was detected.
+            (Format::Bf16, Level::Avx512) => unsafe { avx512::bf16::multiply(self, rows, finish, out, scratch) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `Level::available` yields this level only where AVX-512 F and BF16 were detected.
+            (Format::Bf16, Level::Avx512Bf16) => unsafe {
+                avx512::bf16_dot::multiply(self, rows, finish, out, scratch)
+            },
+        }
+    }
+}
+
+thread_local! {
+    /// Kept between calls: the page faults of fresh memory would cost as much as a small product.
+    static SCRATCH: RefCell<Scratch> =
+        const { RefCell::new(Scratch { rows: Vec::new(), groups: Vec::new(), sums: Vec::new() }) };
+}
+
+/// What a product needs besides its input and output.
+struct Scratch {
+    /// `[row of a group][step]`
+    rows: Vec<u32>,
+    /// `[group][step][row of a group]`
+    groups: Vec<u32>,
+    /// `[row]`: the sums of one tile.
+    sums: Vec<Line<f32>>,
+}
+
+/// Asks for one of the two cache lines of a line that will be needed soon.
+#[inline(always)]
+fn prefetch(line: &Line<u32>, half: usize) {
+    let cells = &line.0.as_chunks::<16>().0[half];
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: SSE is part of the target; a prefetch reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(cells.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = cells;
+}
+
+/// Makes `buffer` at least `len` long. It never shrinks, for growing again would fill it again.
+fn grow<T: Copy>(buffer: &mut Vec<T>, len: usize, value: T) {
+    if buffer.len() < len {
+        buffer.resize(len, value);
+    }
+}
+
+/// The value as bf16 in the upper half, rounded to nearest, ties to even.
+#[inline(always)]
+fn round_to_bf16(value: f32) -> u32 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
+    // A NaN must not round to infinity.
+    (if value.is_nan() { bits | 0x0040_0000 } else { rounded }) & 0xffff_0000
+}
+
+/// The row as cells, one for each step.
+#[inline(always)]
+fn cells_of_f32<'a>(row: &'a [f32], _room: &'a mut [u32]) -> &'a [u32] {
+    bytemuck::cast_slice(row)
+}
+
+/// The row as cells, one for each step, written to `room`.
+#[inline(always)]
+fn cells_of_bf16<'a>(row: &'a [f32], room: &'a mut [u32]) -> &'a [u32] {
+    let (pairs, last) = row.as_chunks::<2>();
+    for (cell, [low, high]) in room.iter_mut().zip(pairs) {
+        *cell = round_to_bf16(*low) >> 16 | round_to_bf16(*high);
+    }
+    if let ([low], Some(cell)) = (last, room.last_mut()) {
+        *cell = round_to_bf16(*low) >> 16;
+    }
+    room
+}
+
+/// `silu(gate) * up`.
+#[inline(always)]
+fn silu_times(gate: f32, up: f32) -> f32 {
+    gate / (1.0 + exp(-gate)) * up
+}
+
+/// e^x within 2 ulp, in operations that vectorise and are the same at every level. NaN gives NaN.
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    // Beyond these the result is 0 or infinity for every use here; within, 2^n is a normal number.
+    let x = if x > 88.0 { 88.0 } else { x };
+    let x = if x < -87.0 { -87.0 } else { x };
+    // Adding 1.5 * 2^23 leaves the rounded integer in the low bits.
+    let shifted = x * std::f32::consts::LOG2_E + 12_582_912.0;
+    let n = shifted - 12_582_912.0;
+    // ln 2 in two parts: the first has few bits, so that its multiple is exact (Cody and Waite).
+    let r = x - n * 0.693_359_4 - n * -2.121_944_4e-4;
+    // Cephes expf.
+    let mut p = 1.987_569_1e-4;
+    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+        p = p * r + c;
+    }
+    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3f80_0000));
+    (p * r * r + r + 1.0) * power
+}
+
+/// Moves the sums of a tile, `[row]`, to their columns of `out`.
+#[inline(always)]
+fn finish_tile(matrix: &PackedMatrix, tile: usize, sums: &[Line<f32>], finish: Finish, out: &mut [f32]) {
+    let width = if matrix.gated { TILE / 2 } else { TILE };
+    let first = tile * width;
+    let end = (first + width).min(matrix.columns);
+    for (Line(sums), out) in sums.iter().zip(out.chunks_exact_mut(matrix.columns)) {
+        let out = &mut out[first..end];
+        if matrix.gated {
+            let mut product = [0.0; TILE / 2];
+            for (product, (&gate, &up)) in product.iter_mut().zip(sums.iter().zip(&sums[TILE / 2..])) {
+                *product = silu_times(gate, up);
+            }
+            put(finish, &product, out);
+        } else {
+            put(finish, sums, out);
+        }
+    }
+}
+
+#[inline(always)]
+fn put<const LEN: usize>(finish: Finish, values: &[f32; LEN], out: &mut [f32]) {
+    match (finish, out.as_chunks_mut::<LEN>()) {
+        // A length that the compiler knows.
+        (Finish::Store, ([whole], [])) => *whole = *values,
+        (Finish::Store, _) => out.copy_from_slice(&values[..out.len()]),
+        (Finish::Add, ([whole], [])) => {
+            for (out, value) in whole.iter_mut().zip(values) {
+                *out += value;
+            }
+        }
+        (Finish::Add, _) => {
+            for (out, value) in out.iter_mut().zip(values) {
+                *out += value;
+            }
+        }
+    }
+}
+
+/// The body of a level for one format: `$rows` is the most rows of a register block, which is `PART` columns wide.
+macro_rules! level {
+    ($cells:ident, $multiply_add:ident, [$($count:literal)*] $rows:literal, $(#[$attr:meta])*) => {
+        use super::{
+            PART, REGS, Register, WIDTH, $multiply_add as multiply_add, load, load_cells, splat_cell, store, transpose_square,
+        };
+        use super::super::{
+            Finish, Line, PackedMatrix, RUN, Rows, Scratch, TILE, $cells as cells_of, finish_tile, grow, prefetch,
+        };
+
+        const ROWS: usize = $rows;
+        const _: () = assert!(TILE.is_multiple_of(PART));
+
+        /// Adds one step: `COUNT` of the cells in `x` by a register block of columns.
+        $(#[$attr])*
+        fn step<const COUNT: usize>(x: &[u32; ROWS], columns: &[u32; PART], sums: &mut [[Register; REGS]; COUNT]) {
+            let lanes = columns.as_chunks::<WIDTH>().0;
+            let mut columns = [splat_cell(0); REGS];
+            for r in 0..REGS {
+                columns[r] = load_cells(&lanes[r]);
+            }
+            for i in 0..COUNT {
+                let x = splat_cell(x[i]);
+                for r in 0..REGS {
+                    sums[i][r] = multiply_add(x, columns[r], sums[i][r]);
+                }
+            }
+        }
+
+        /// Adds to the sums of `COUNT` rows and the columns of `part`, over `group`, `[step][ROWS]`, and `tile`,
+        /// `[step]`; or to `start` for each row, where there is one. Fetches what is `ahead` meanwhile.
+        $(#[$attr])*
+        fn accumulate<const COUNT: usize>(
+            group: &[u32], tile: &[Line<u32>], part: usize, start: Option<&Line<f32>>, ahead: &[Line<u32>],
+            lines: &mut [Line<f32>],
+        ) {
+            assert!(part < TILE / PART && lines.len() == COUNT);
+            let mut sums = [[load(&[0.0; WIDTH]); REGS]; COUNT];
+            for i in 0..COUNT {
+                let lanes = start.unwrap_or(&lines[i]).0.as_chunks::<PART>().0[part].as_chunks::<WIDTH>().0;
+                for r in 0..REGS {
+                    sums[i][r] = load(&lanes[r]);
+                }
+            }
+            let mut steps = group.as_chunks::<ROWS>().0.iter().zip(tile);
+            // One cache line a step: two at once are measurably slower.
+            for (i, (x, line)) in steps.by_ref().take(2 * ahead.len()).enumerate() {
+                prefetch(&ahead[i / 2], i % 2);
+                step(x, &line.0.as_chunks::<PART>().0[part], &mut sums);
+            }
+            for (x, line) in steps {
+                step(x, &line.0.as_chunks::<PART>().0[part], &mut sums);
+            }
+            for i in 0..COUNT {
+                let lanes = lines[i].0.as_chunks_mut::<PART>().0[part].as_chunks_mut::<WIDTH>().0;
+                for r in 0..REGS {
+                    store(sums[i][r], &mut lanes[r]);
+                }
+            }
+        }
+
+        /// Writes `group`, `[step]`, from the cells of `count` rows. What is there for further rows is left or spoilt.
+        $(#[$attr])*
+        fn transpose(rows: [&[u32]; ROWS], count: usize, group: &mut [[u32; ROWS]]) {
+            // Four rows at a time; where four does not divide, the last four overlap those before.
+            for first in (0..count).step_by(4).map(|first| first.min(ROWS - 4)) {
+                let [a, b, c, d] = [0, 1, 2, 3].map(|row| rows[first + row].as_chunks::<4>());
+                let (squares, last) = group.as_chunks_mut::<4>();
+                for ((((square, a), b), c), d) in squares.iter_mut().zip(a.0).zip(b.0).zip(c.0).zip(d.0) {
+                    let columns = transpose_square(a, b, c, d);
+                    for step in 0..4 {
+                        square[step][first..first + 4].copy_from_slice(&columns[step]);
+                    }
+                }
+                for (step, line) in last.iter_mut().enumerate() {
+                    line[first..first + 4].copy_from_slice(&[a.1[step], b.1[step], c.1[step], d.1[step]]);
+                }
+            }
+        }
+
+        /// `[group][step][ROWS]` of `count` rows in groups of equal size, give or take one.
+        $(#[$attr])*
+        fn pack(matrix: &PackedMatrix, rows: Rows<'_>, count: usize, scratch: &mut Scratch) {
+            let (depth, steps, groups) = (matrix.depth, matrix.steps, count.div_ceil(ROWS));
+            grow(&mut scratch.rows, ROWS * steps, 0);
+            grow(&mut scratch.groups, groups * steps * ROWS, 0);
+            for (g, group) in scratch.groups.chunks_exact_mut(steps * ROWS).take(groups).enumerate() {
+                let (first, end) = (g * count / groups, (g + 1) * count / groups);
+                let mut cells = [&[][..]; ROWS];
+                for (i, room) in scratch.rows.chunks_exact_mut(steps).take(ROWS).enumerate() {
+                    let row = (first + i).min(end - 1);
+                    cells[i] = cells_of(&rows.data[row * rows.stride..][..depth], room);
+                }
+                transpose(cells, end - first, group.as_chunks_mut().0);
+            }
+        }
+
+        $(#[$attr])*
+        pub(in super::super) fn multiply(
+            matrix: &PackedMatrix, rows: Rows<'_>, finish: Finish, out: &mut [f32], scratch: &mut Scratch,
+        ) {
+            let (steps, count) = (matrix.steps, out.len() / matrix.columns);
+            let groups = count.div_ceil(ROWS);
+            pack(matrix, rows, count, scratch);
+            grow(&mut scratch.sums, count, Line([0.0; TILE]));
+            let run_steps = steps.div_ceil(steps.div_ceil(RUN));
+            let mut ahead = &matrix.values[..];
+            for (t, (tile, bias)) in matrix.values.chunks_exact(steps).zip(&matrix.bias).enumerate() {
+                for (run, tile) in tile.chunks(run_steps).enumerate() {
+                    let (start, last) = ((run == 0).then_some(bias), (run + 1) * run_steps >= steps);
+                    ahead = &ahead[tile.len()..];
+                    let mut shares = ahead.chunks(run_steps.div_ceil(groups));
+                    for (g, group) in scratch.groups.chunks_exact(steps * ROWS).take(groups).enumerate() {
+                        let group = &group[run * run_steps * ROWS..];
+                        let (first, end) = (g * count / groups, (g + 1) * count / groups);
+                        let lines = &mut scratch.sums[first..end];
+                        let ahead = shares.next().unwrap_or_default();
+                        for part in 0..TILE / PART {
+                            match lines.len() {
+                                $($count => accumulate::<$count>(group, tile, part, start, ahead, lines),)*
+                                _ => accumulate::<ROWS>(group, tile, part, start, ahead, lines),
+                            }
+                        }
+                        // Here, not after the last group: the stores then wait for their cache lines beside the next
+                        // group's arithmetic.
+                        if last {
+                            finish_tile(matrix, t, lines, finish, &mut out[first * matrix.columns..]);
+                        }
+                    }
+                }
+            }
+        }
+    };
+}
+
+mod portable {
+    const WIDTH: usize = 4;
+    const REGS: usize = 1;
+    const PART: usize = WIDTH * REGS;
+
+    type Register = [f32; 4];
+
+    #[inline(always)]
+    fn load(lanes: &[f32; 4]) -> Register {
+        *lanes
+    }
+
+    #[inline(always)]
+    fn store(register: Register, lanes: &mut [f32; 4]) {
+        *lanes = register;
+    }
+
+    #[inline(always)]
+    fn load_cells(lanes: &[u32; 4]) -> [u32; 4] {
+        *lanes
+    }
+
+    #[inline(always)]
+    fn splat_cell(cell: u32) -> [u32; 4] {
+        [cell; 4]
+    }
+
+    #[inline(always)]
+    fn multiply_add(a: [u32; 4], b: [u32; 4], c: Register) -> Register {
+        // A fused multiply-add would be a library call on a processor without one.
+        let (a, b) = (a.map(f32::from_bits), b.map(f32::from_bits));
+        [a[0] * b[0] + c[0], a[1] * b[1] + c[1], a[2] * b[2] + c[2], a[3] * b[3] + c[3]]
+    }
+
+    #[inline(always)]
+    fn multiply_add_pairs(a: [u32; 4], b: [u32; 4], c: Register) -> Register {
+        // The product of two bf16 is exact in f32, so this rounds as a fused multiply-add does.
+        let upper = |cells: [u32; 4]| cells.map(|cell| cell & 0xffff_0000);
+        let lower = |cells: [u32; 4]| cells.map(|cell| cell << 16);
+        multiply_add(lower(a), lower(b), multiply_add(upper(a), upper(b), c))
+    }
+
+    #[inline(always)]
+    fn transpose_square(a: &[u32; 4], b: &[u32; 4], c: &[u32; 4], d: &[u32; 4]) -> [[u32; 4]; 4] {
+        [0, 1, 2, 3].map(|i| [a[i], b[i], c[i], d[i]])
+    }
+
+    pub(super) mod f32 {
+        level!(cells_of_f32, multiply_add, [1 2 3] 4, #[allow(clippy::needless_range_loop)]);
+    }
+
+    pub(super) mod bf16 {
+        level!(cells_of_bf16, multiply_add_pairs, [1 2 3] 4, #[allow(clippy::needless_range_loop)]);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod sse {
+    use std::arch::x86_64::{
+        __m128i, _mm_loadu_si128, _mm_storeu_si128, _mm_unpackhi_epi32, _mm_unpackhi_epi64, _mm_unpacklo_epi32,
+        _mm_unpacklo_epi64,
+    };
+
+    #[inline]
+    #[target_feature(enable = "sse2")]
+    fn load(cells: &[u32; 4]) -> __m128i {
+        // SAFETY: the array is 16 readable bytes; the load needs no alignment.
+        unsafe { _mm_loadu_si128(cells.as_ptr().cast()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "sse2")]
+    fn store(register: __m128i, cells: &mut [u32; 4]) {
+        // SAFETY: the array is 16 writable bytes; the store needs no alignment.
+        unsafe { _mm_storeu_si128(cells.as_mut_ptr().cast(), register) }
+    }
+
+    /// Rows to columns. The compiler does not find these shuffles by itself.
+    #[inline]
+    #[target_feature(enable = "sse2")]
+    pub(super) fn transpose_square(a: &[u32; 4], b: &[u32; 4], c: &[u32; 4], d: &[u32; 4]) -> [[u32; 4]; 4] {
+        let (a, b, c, d) = (load(a), load(b), load(c), load(d));
+        let (ab_low, ab_high) = (_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b));
+        let (cd_low, cd_high) = (_mm_unpacklo_epi32(c, d), _mm_unpackhi_epi32(c, d));
+        let mut columns = [[0; 4]; 4];
+        store(_mm_unpacklo_epi64(ab_low, cd_low), &mut columns[0]);
+        store(_mm_unpackhi_epi64(ab_low, cd_low), &mut columns[1]);
+        store(_mm_unpacklo_epi64(ab_high, cd_high), &mut columns[2]);
+        store(_mm_unpackhi_epi64(ab_high, cd_high), &mut columns[3]);
+        columns
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use std::arch::x86_64::{
+        __m256, __m256i, _mm256_and_si256, _mm256_castsi256_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
+        _mm256_set1_epi32, _mm256_slli_epi32, _mm256_storeu_ps,
+    };
+
+    use super::sse::transpose_square;
+
+    const WIDTH: usize = 8;
+    const REGS: usize = 2;
+    const PART: usize = WIDTH * REGS;
+
+    type Register = __m256;
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    fn load(lanes: &[f32; 8]) -> __m256 {
+        // SAFETY: the array is 8 readable floats; the load needs no alignment.
+        unsafe { _mm256_loadu_ps(lanes.as_ptr()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    fn store(register: __m256, lanes: &mut [f32; 8]) {
+        // SAFETY: the array is 8 writable floats; the store needs no alignment.
+        unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), register) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    fn load_cells(lanes: &[u32; 8]) -> __m256i {
+        // SAFETY: the array is 8 readable words; the load needs no alignment.
+        unsafe { _mm256_loadu_si256(lanes.as_ptr().cast()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    fn splat_cell(cell: u32) -> __m256i {
+        _mm256_set1_epi32(cell.cast_signed())
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    fn multiply_add(a: __m256i, b: __m256i, c: __m256) -> __m256 {
+        _mm256_fmadd_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), c)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma")]
+    fn multiply_add_pairs(a: __m256i, b: __m256i, c: __m256) -> __m256 {
+        let mask = _mm256_set1_epi32(-0x1_0000);
+        let upper = multiply_add(_mm256_and_si256(a, mask), _mm256_and_si256(b, mask), c);
+        multiply_add(_mm256_slli_epi32::<16>(a), _mm256_slli_epi32::<16>(b), upper)
+    }
+
+    pub(super) mod f32 {
+        level!(cells_of_f32, multiply_add, [1 2 3 4 5] 6, #[allow(clippy::needless_range_loop)]
+            #[inline] #[target_feature(enable = "avx2,fma")]);
+    }
+
+    pub(super) mod bf16 {
+        level!(cells_of_bf16, multiply_add_pairs, [1 2 3] 4, #[allow(clippy::needless_range_loop)]
+            #[inline] #[target_feature(enable = "avx2,fma")]);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64::{
+        __m512, __m512bh, __m512i, _mm512_and_si512, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps,
+        _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_slli_epi32, _mm512_storeu_ps,
+    };
+
+    use super::sse::transpose_square;
+
+    const WIDTH: usize = 16;
+    const REGS: usize = 2;
+    const PART: usize = WIDTH * REGS;
+
+    type Register = __m512;
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn load(lanes: &[f32; 16]) -> __m512 {
+        // SAFETY: the array is 16 readable floats; the load needs no alignment.
+        unsafe { _mm512_loadu_ps(lanes.as_ptr()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn store(register: __m512, lanes: &mut [f32; 16]) {
+        // SAFETY: the array is 16 writable floats; the store needs no alignment.
+        unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), register) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn load_cells(lanes: &[u32; 16]) -> __m512i {
+        // SAFETY: the array is 16 readable words; the load needs no alignment.
+        unsafe { _mm512_loadu_si512(lanes.as_ptr().cast()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn splat_cell(cell: u32) -> __m512i {
+        _mm512_set1_epi32(cell.cast_signed())
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn multiply_add(a: __m512i, b: __m512i, c: __m512) -> __m512 {
+        _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), c)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn multiply_add_pairs(a: __m512i, b: __m512i, c: __m512) -> __m512 {
+        let mask = _mm512_set1_epi32(-0x1_0000);
+        let upper = multiply_add(_mm512_and_si512(a, mask), _mm512_and_si512(b, mask), c);
+        multiply_add(_mm512_slli_epi32::<16>(a), _mm512_slli_epi32::<16>(b), upper)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    fn dot_pairs(a: __m512i, b: __m512i, c: __m512) -> __m512 {
+        // SAFETY: both types are 64 bytes of which every pattern is a value.
+        let (a, b) = unsafe { std::mem::transmute::<(__m512i, __m512i), (__m512bh, __m512bh)>((a, b)) };
+        _mm512_dpbf16_ps(c, a, b)
+    }
+
+    pub(super) mod f32 {
+        level!(cells_of_f32, multiply_add, [1 2 3 4 5 6 7 8 9 10 11] 12, #[allow(clippy::needless_range_loop)]
+            #[inline] #[target_feature(enable = "avx512f")]);
+    }
+
+    pub(super) mod bf16 {
+        level!(cells_of_bf16, multiply_add_pairs, [1 2 3 4 5 6 7 8 9 10 11] 12, #[allow(clippy::needless_range_loop)]
+            #[inline] #[target_feature(enable = "avx512f")]);
+    }
+
+    pub(super) mod bf16_dot {
+        level!(cells_of_bf16, dot_pairs, [1 2 3 4 5 6 7 8 9 10 11] 12, #[allow(clippy::needless_range_loop)]
+            #[inline] #[target_feature(enable = "avx512f,avx512bf16")]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn at_level(mut matrix: PackedMatrix, level: Level) -> PackedMatrix {
+        matrix.level = level;
+        matrix
+    }
+
+    fn product(matrix: &PackedMatrix, x: &[f32], stride: usize) -> Vec<f32> {
+        let mut out = vec![f32::NAN; x.len() / stride * matrix.columns()];
+        matrix.multiply(Rows { data: x, stride }, Finish::Store, &mut out);
+        out
+    }
+
+    fn bf16(value: f32) -> f32 {
+        half::bf16::from_f32(value).to_f32()
+    }
+
+    /// For each row and column the exact sum and the sum of the absolute terms.
+    fn naive(weights: &[f32], depth: usize, x: &[f32], stride: usize) -> Vec<(f64, f64)> {
+        let dot = |row: &[f32], column: &[f32]| {
+            let terms = row.iter().zip(column).map(|(a, b)| f64::from(*a) * f64::from(*b));
+            terms.fold((0.0, 0.0), |(sum, absolute), term| (sum + term, absolute + term.abs()))
+        };
+        x.chunks_exact(stride)
+            .flat_map(|row| weights.chunks_exact(depth).map(move |column| dot(&row[..depth], column)))
+            .collect()
+    }
+
+    /// The error of `depth` additions, each rounded to f32 once or twice.
+    #[allow(clippy::cast_precision_loss)]
+    fn bound(absolute: f64, depth: usize) -> f64 {
+        absolute * (depth + 2) as f64 * f64::from(f32::EPSILON) + 1e-30
+    }
+
+    fn floats(len: usize) -> impl Strategy<Value = Vec<f32>> {
+        prop::collection::vec(-2.0f32..2.0, len)
+    }
+
+    /// Depth, weights, stride and rows; sizes on both sides of a tile, a block of rows, and a run of steps.
+    fn case() -> impl Strategy<Value = (usize, Vec<f32>, usize, Vec<f32>)> {
+        let depth = prop_oneof![1usize..40, 500usize..540, 1020usize..1060];
+        (depth, 1usize..100, 1usize..40, 0usize..3).prop_flat_map(|(depth, columns, rows, gap)| {
+            (Just(depth), floats(depth * columns), Just(depth + gap), floats((depth + gap) * rows))
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(48))]
+
+        #[test]
+        fn product_is_the_naive_product_at_every_level((depth, weights, stride, x) in case()) {
+            for format in [Format::F32, Format::Bf16] {
+                let round = |values: &[f32]| match format {
+                    Format::F32 => values.to_vec(),
+                    Format::Bf16 => values.iter().map(|&value| bf16(value)).collect(),
+                };
+                let expected = naive(&round(&weights), depth, &round(&x), stride);
+                for level in Level::available(format) {
+                    let matrix = PackedMatrix::new(format, &weights, weights.len() / depth, depth);
+                    let out = product(&at_level(matrix, level), &x, stride);
+                    for (value, (sum, absolute)) in out.iter().zip(&expected) {
+                        let error = (f64::from(*value) - sum).abs();
+                        prop_assert!(error <= bound(*absolute, depth), "{format:?} {level:?}: {value} {sum} {error}");
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn bf16_is_within_its_rounding_of_the_exact_product((depth, weights, stride, x) in case()) {
+            let matrix = PackedMatrix::new(Format::Bf16, &weights, weights.len() / depth, depth);
+            let expected = naive(&weights, depth, &x, stride);
+            for (value, (sum, absolute)) in product(&matrix, &x, stride).iter().zip(&expected) {
+                // Half a unit of 8 bits in each factor.
+                let error = (f64::from(*value) - sum).abs();
+                prop_assert!(error <= absolute * (2.0 / 256.0 + 1e-4) + bound(*absolute, depth), "{value} {sum}");
+            }
+        }
+
+        #[test]
+        fn a_row_gives_the_same_bits_alone_and_in_any_company((depth, weights, stride, x) in case()) {
+            for format in [Format::F32, Format::Bf16] {
+                for level in Level::available(format) {
+                    let matrix = PackedMatrix::new(format, &weights, weights.len() / depth, depth);
+                    let matrix = at_level(matrix, level);
+                    let together = product(&matrix, &x, stride);
+                    for (row, expected) in x.chunks_exact(stride).zip(together.chunks_exact(matrix.columns())) {
+                        prop_assert_eq!(product(&matrix, row, stride), expected, "{:?} {:?}", format, level);
+                    }
+                    let backwards: Vec<f32> = x.chunks_exact(stride).rev().flatten().copied().collect();
+                    let backwards = product(&matrix, &backwards, stride);
+                    let pairs = backwards.chunks_exact(matrix.columns()).rev().zip(together.chunks_exact(matrix.columns()));
+                    for (row, expected) in pairs {
+                        prop_assert_eq!(row, expected, "{:?} {:?}", format, level);
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn levels_with_fused_arithmetic_agree_bit_for_bit((depth, weights, stride, x) in case()) {
+            for format in [Format::F32, Format::Bf16] {
+                let pack = || PackedMatrix::new(format, &weights, weights.len() / depth, depth);
+                let outs: Vec<_> = Level::available(format)
+                    .into_iter()
+                    // Products of bf16 are exact, so that fusing makes no difference to them.
+                    .filter(|&level| format == Format::Bf16 || level != Level::Portable)
+                    .map(|level| product(&at_level(pack(), level), &x, stride))
+                    .collect();
+                prop_assert!(outs.windows(2).all(|pair| pair[0] == pair[1]), "{:?}", format);
+            }
+        }
+
+        #[test]
+        fn gates_bias_and_residual_are_what_separate_steps_give((depth, weights, stride, x) in case()) {
+            for (format, level) in [Format::F32, Format::Bf16]
+                .into_iter()
+                .flat_map(|format| Level::available(format).into_iter().map(move |level| (format, level)))
+            {
+                let columns = weights.len() / depth;
+                let up: Vec<f32> = weights.iter().rev().copied().collect();
+                let plain = at_level(PackedMatrix::new(format, &weights, columns, depth), level);
+                let plain_up = at_level(PackedMatrix::new(format, &up, columns, depth), level);
+                let gated = at_level(PackedMatrix::gated(format, &weights, &up, columns, depth), level);
+                let separate: Vec<f32> = product(&plain, &x, stride)
+                    .into_iter()
+                    .zip(product(&plain_up, &x, stride))
+                    .map(|(gate, up)| silu_times(gate, up))
+                    .collect();
+                prop_assert_eq!(&product(&gated, &x, stride), &separate, "{:?} {:?}", format, level);
+
+                let mut out: Vec<f32> = separate.iter().rev().copied().collect();
+                let expected: Vec<f32> = out.iter().zip(product(&plain, &x, stride)).map(|(a, b)| a + b).collect();
+                plain.multiply(Rows { data: &x, stride }, Finish::Add, &mut out);
+                prop_assert_eq!(&out, &expected, "{:?} {:?}", format, level);
+
+                let biased = plain.with_bias(&weights[..columns]);
+                let expected = naive(&weights, depth, &x, stride);
+                for (i, (value, (sum, absolute))) in product(&biased, &x, stride).iter().zip(&expected).enumerate() {
+                    let (bias, slack) = (f64::from(weights[i % columns]), if format == Format::Bf16 { 0.01 } else { 0.0 });
+                    let allowed = bound(absolute + bias.abs(), depth) + slack * absolute;
+                    prop_assert!((f64::from(*value) - sum - bias).abs() <= allowed, "{format:?} {level:?}");
+                }
+            }
+        }
+
+        #[test]
+        fn rounding_is_that_of_half(bits in any::<u32>()) {
+            let value = f32::from_bits(bits);
+            prop_assert_eq!(round_to_bf16(value) >> 16, u32::from(half::bf16::from_f32(value).to_bits()));
+        }
+
+        #[test]
+        fn exp_is_within_two_units(x in -87.0f32..88.0) {
+            let (value, exact) = (f64::from(exp(x)), f64::from(x).exp());
+            prop_assert!((value - exact).abs() <= 2.0 * f64::from(f32::EPSILON) * exact, "{x} {value} {exact}");
+        }
+    }
+
+    #[test]
+    fn more_rows_than_a_block_give_the_rows_of_single_calls() {
+        let values: Vec<f32> = (0..(2 * BLOCK + 5) * 24).map(|i| (i % 1013) as f32 * 0.37).map(f32::sin).collect();
+        for format in [Format::F32, Format::Bf16] {
+            let matrix = PackedMatrix::new(format, &values[..24 * 40], 40, 24);
+            let together = product(&matrix, &values, 24);
+            for (row, expected) in values.chunks_exact(24).zip(together.chunks_exact(40)) {
+                assert_eq!(product(&matrix, row, 24), expected);
+            }
+        }
+    }
+
+    #[test]
+    fn silu_has_its_limits() {
+        assert_eq!(silu_times(0.0, 3.0), 0.0);
+        assert_eq!(silu_times(100.0, 2.0), 200.0);
+        assert!(silu_times(-100.0, 2.0).abs() < 1e-30);
+        assert!(silu_times(f32::NAN, 1.0).is_nan());
+        assert!((silu_times(1.0, 1.0) - 0.731_058_6).abs() < 1e-6);
+    }
+
+    #[test]
+    fn not_a_number_stays_in_its_row() {
+        let x = [1.0, f32::NAN, 1.0, 1.0];
+        for format in [Format::F32, Format::Bf16] {
+            for level in Level::available(format) {
+                let out = product(&at_level(PackedMatrix::new(format, &[0.5; 2 * 33], 33, 2), level), &x, 2);
+                assert!(out[..33].iter().all(|value| value.is_nan()) && out[33..].iter().all(|&value| value == 1.0));
+            }
+        }
+    }
+}
