@@ -4,7 +4,7 @@
 //! the result is a product of the weights with the packed values; between them each row becomes a softmax in place.
 
 use super::math;
-use super::product::{Finish, Format, PackedMatrix, Rows};
+use super::product::{Format, PackedMatrix, Rows};
 
 /// Which keys a query sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,13 +59,13 @@ impl Keys {
     ) {
         let (keys, dim) = (self.keys.columns(), self.values.columns());
         let logits = grown(&mut room.logits, count * keys);
-        self.keys.multiply(queries, Finish::Store, logits);
+        self.keys.multiply(queries, logits);
         math::softmax_rows(logits, keys, scale, |query| match mask {
             Mask::None => keys,
             Mask::Causal { first } => first + query + 1,
         });
         let found = grown(&mut room.found, count * dim);
-        self.values.multiply(Rows { data: logits, stride: keys }, Finish::Store, found);
+        self.values.multiply(Rows { data: logits, stride: keys }, found);
         for (row, found) in out.chunks_mut(stride).zip(found.chunks_exact(dim)) {
             row[..dim].copy_from_slice(found);
         }

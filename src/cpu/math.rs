@@ -10,6 +10,11 @@ use pulp::{Arch, Simd, WithSimd};
 /// Partial sums of a reduction.
 const LANES: usize = 16;
 
+/// `x += y`: the residual connection.
+pub fn add(x: &mut [f32], y: &[f32]) {
+    x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
+}
+
 /// `x = gelu(x)`; the exact GELU, with erf.
 pub fn gelu(x: &mut [f32]) {
     Arch::new().dispatch(Gelu { x });

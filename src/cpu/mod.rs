@@ -9,4 +9,4 @@ pub mod math;
 pub mod product;
 
 pub use attention::Keys;
-pub use product::{Finish, Format, PackedMatrix, Rows};
+pub use product::{Format, PackedMatrix, Rows};

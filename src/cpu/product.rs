@@ -1,7 +1,7 @@
 //! Linear layers on the CPU: rows of f32 times a weight matrix that was packed once, in f32 or in bf16.
 //!
 //! In: rows `[m][k]` of f32 and a [`PackedMatrix`] made from weights `[n][k]`, as checkpoints store them. Out: `[m][n]`
-//! of f32, or what a [`Finish`] makes of it while the sums are still in the cache. One call runs on the calling thread.
+//! of f32, or `silu(gate) * up` of two such products that were packed together. One call runs on the calling thread.
 //!
 //! Always holds: a row's result depends on that row and the matrix alone. Each sum starts at the bias and takes its `k`
 //! terms in order, one at a time, whatever stands beside it, so neither the number of rows nor their order can change
@@ -12,13 +12,16 @@
 //!
 //! How: weights lie in tiles of 32 columns, `[tile][step][32]`, a step being one f32 or two bf16: 4 bytes either way,
 //! so the two formats share everything but the multiplication. Rows are packed in groups of up to 12. A group by a tile
-//! is one register block; a tile is taken in runs of steps that stay in the second cache while all groups pass over them, and meanwhile
-//! the next run is fetched.
+//! is one register block; a tile is taken in runs of steps that stay in the second cache while all groups pass
+//! over them, and meanwhile the next run is fetched.
 //!
-//! The only `unsafe` is vector loads and stores, and the calls into the levels after the processor was asked for them.
+//! The only `unsafe` is vector loads and stores, prefetches, one change between vector types, and the calls into the
+//! levels after the processor was asked for them.
 #![allow(unsafe_code)]
 
 use std::cell::RefCell;
+
+use super::math;
 
 /// Columns in a tile. Every level's register block divides it.
 const TILE: usize = 32;
@@ -99,16 +102,8 @@ pub struct PackedMatrix {
     values: Vec<Line<u32>>,
     /// `[tile]`: where each column's sum starts.
     bias: Vec<Line<f32>>,
+    /// Whether the halves of a tile are gates and ups.
     gated: bool,
-}
-
-/// What becomes of the sums.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Finish {
-    /// `out = sum`.
-    Store,
-    /// `out = out + sum`: the residual connection.
-    Add,
 }
 
 /// Row-major rows: row `i` is `data[i * stride..][..depth]`.
@@ -124,7 +119,7 @@ impl PackedMatrix {
     /// Packs `weights`, which is `[columns][depth]`.
     ///
     /// # Panics
-    /// If the length of `weights` is not `columns * depth`, or `depth` is 0.
+    /// If the length of `weights` is not `columns * depth`, or one of them is 0.
     pub fn new(format: Format, weights: &[f32], columns: usize, depth: usize) -> Self {
         assert_eq!(weights.len(), columns * depth, "weights must be [columns][depth]");
         Self::pack(format, columns, depth, |column| weights.get(column * depth..(column + 1) * depth))
@@ -142,7 +137,7 @@ impl PackedMatrix {
     /// [`PackedMatrix::multiply`] gives.
     ///
     /// # Panics
-    /// If the length of `gate` or `up` is not `columns * depth`, or `depth` is 0.
+    /// If the length of `gate` or `up` is not `columns * depth`, or one of them is 0.
     pub fn gated(format: Format, gate: &[f32], up: &[f32], columns: usize, depth: usize) -> Self {
         assert_eq!((gate.len(), up.len()), (columns * depth, columns * depth), "weights must be [columns][depth]");
         // The halves of a tile are the gates and the ups of the same columns.
@@ -170,7 +165,7 @@ impl PackedMatrix {
 
     /// `row_of` gives the weights of a packed column, or nothing where it is padding.
     fn pack<'a>(format: Format, columns: usize, depth: usize, row_of: impl Fn(usize) -> Option<&'a [f32]>) -> Self {
-        assert!(depth > 0, "a matrix needs a depth");
+        assert!(depth > 0 && columns > 0, "a matrix must not be empty");
         let steps = match format {
             Format::F32 => depth,
             Format::Bf16 => depth.div_ceil(2),
@@ -205,39 +200,38 @@ impl PackedMatrix {
     /// Multiplies as many rows as `out`, `[rows][columns]`, has room for.
     ///
     /// # Panics
-    /// If `rows` has fewer rows than `out`, or they are shorter than the matrix is deep.
-    pub fn multiply(&self, rows: Rows<'_>, finish: Finish, out: &mut [f32]) {
+    /// If `out` is not whole rows, or `rows` has fewer of them, or they are shorter than the matrix is deep.
+    pub fn multiply(&self, rows: Rows<'_>, out: &mut [f32]) {
+        assert!(out.len().is_multiple_of(self.columns), "out must be [rows][columns]");
         SCRATCH.with_borrow_mut(|scratch| {
             for (block, out) in out.chunks_mut(BLOCK * self.columns).enumerate() {
                 let rows = Rows { data: &rows.data[block * BLOCK * rows.stride..], stride: rows.stride };
-                self.multiply_block(rows, finish, out, scratch);
+                self.multiply_block(rows, out, scratch);
             }
         });
     }
 
-    fn multiply_block(&self, rows: Rows<'_>, finish: Finish, out: &mut [f32], scratch: &mut Scratch) {
+    fn multiply_block(&self, rows: Rows<'_>, out: &mut [f32], scratch: &mut Scratch) {
         match (self.format, self.level) {
-            (Format::F32, Level::Portable) => portable::f32::multiply(self, rows, finish, out, scratch),
-            (Format::Bf16, Level::Portable) => portable::bf16::multiply(self, rows, finish, out, scratch),
+            (Format::F32, Level::Portable) => portable::f32::multiply(self, rows, out, scratch),
+            (Format::Bf16, Level::Portable) => portable::bf16::multiply(self, rows, out, scratch),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `Level::available` yields this level only where AVX2 and FMA were detected.
-            (Format::F32, Level::Avx2) => unsafe { avx2::f32::multiply(self, rows, finish, out, scratch) },
+            (Format::F32, Level::Avx2) => unsafe { avx2::f32::multiply(self, rows, out, scratch) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `Level::available` yields this level only where AVX2 and FMA were detected.
-            (Format::Bf16, Level::Avx2) => unsafe { avx2::bf16::multiply(self, rows, finish, out, scratch) },
+            (Format::Bf16, Level::Avx2) => unsafe { avx2::bf16::multiply(self, rows, out, scratch) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `Level::available` yields these levels only where AVX-512 F was detected.
             (Format::F32, Level::Avx512 | Level::Avx512Bf16) => unsafe {
-                avx512::f32::multiply(self, rows, finish, out, scratch)
+                avx512::f32::multiply(self, rows, out, scratch)
             },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `Level::available` yields this level only where AVX-512 F was detected.
-            (Format::Bf16, Level::Avx512) => unsafe { avx512::bf16::multiply(self, rows, finish, out, scratch) },
+            (Format::Bf16, Level::Avx512) => unsafe { avx512::bf16::multiply(self, rows, out, scratch) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `Level::available` yields this level only where AVX-512 F and BF16 were detected.
-            (Format::Bf16, Level::Avx512Bf16) => unsafe {
-                avx512::bf16_dot::multiply(self, rows, finish, out, scratch)
-            },
+            (Format::Bf16, Level::Avx512Bf16) => unsafe { avx512::bf16_dot::multiply(self, rows, out, scratch) },
         }
     }
 }
@@ -307,35 +301,9 @@ fn cells_of_bf16<'a>(row: &'a [f32], room: &'a mut [u32]) -> &'a [u32] {
     room
 }
 
-/// `silu(gate) * up`.
-#[inline(always)]
-fn silu_times(gate: f32, up: f32) -> f32 {
-    gate / (1.0 + exp(-gate)) * up
-}
-
-/// e^x within 2 ulp, in operations that vectorise and are the same at every level. NaN gives NaN.
-#[inline(always)]
-fn exp(x: f32) -> f32 {
-    // Beyond these the result is 0 or infinity for every use here; within, 2^n is a normal number.
-    let x = if x > 88.0 { 88.0 } else { x };
-    let x = if x < -87.0 { -87.0 } else { x };
-    // Adding 1.5 * 2^23 leaves the rounded integer in the low bits.
-    let shifted = x * std::f32::consts::LOG2_E + 12_582_912.0;
-    let n = shifted - 12_582_912.0;
-    // ln 2 in two parts: the first has few bits, so that its multiple is exact (Cody and Waite).
-    let r = x - n * 0.693_359_4 - n * -2.121_944_4e-4;
-    // Cephes expf.
-    let mut p = 1.987_569_1e-4;
-    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
-        p = p * r + c;
-    }
-    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3f80_0000));
-    (p * r * r + r + 1.0) * power
-}
-
 /// Moves the sums of a tile, `[row]`, to their columns of `out`.
 #[inline(always)]
-fn finish_tile(matrix: &PackedMatrix, tile: usize, sums: &[Line<f32>], finish: Finish, out: &mut [f32]) {
+fn finish_tile(matrix: &PackedMatrix, tile: usize, sums: &[Line<f32>], out: &mut [f32]) {
     let width = if matrix.gated { TILE / 2 } else { TILE };
     let first = tile * width;
     let end = (first + width).min(matrix.columns);
@@ -344,31 +312,21 @@ fn finish_tile(matrix: &PackedMatrix, tile: usize, sums: &[Line<f32>], finish: F
         if matrix.gated {
             let mut product = [0.0; TILE / 2];
             for (product, (&gate, &up)) in product.iter_mut().zip(sums.iter().zip(&sums[TILE / 2..])) {
-                *product = silu_times(gate, up);
+                *product = math::silu(gate) * up;
             }
-            put(finish, &product, out);
+            put(&product, out);
         } else {
-            put(finish, sums, out);
+            put(sums, out);
         }
     }
 }
 
 #[inline(always)]
-fn put<const LEN: usize>(finish: Finish, values: &[f32; LEN], out: &mut [f32]) {
-    match (finish, out.as_chunks_mut::<LEN>()) {
+fn put<const LEN: usize>(values: &[f32; LEN], out: &mut [f32]) {
+    match out.as_chunks_mut::<LEN>() {
         // A length that the compiler knows.
-        (Finish::Store, ([whole], [])) => *whole = *values,
-        (Finish::Store, _) => out.copy_from_slice(&values[..out.len()]),
-        (Finish::Add, ([whole], [])) => {
-            for (out, value) in whole.iter_mut().zip(values) {
-                *out += value;
-            }
-        }
-        (Finish::Add, _) => {
-            for (out, value) in out.iter_mut().zip(values) {
-                *out += value;
-            }
-        }
+        ([whole], []) => *whole = *values,
+        _ => out.copy_from_slice(&values[..out.len()]),
     }
 }
 
@@ -376,10 +334,11 @@ fn put<const LEN: usize>(finish: Finish, values: &[f32; LEN], out: &mut [f32]) {
 macro_rules! level {
     ($cells:ident, $multiply_add:ident, [$($count:literal)*] $rows:literal, $(#[$attr:meta])*) => {
         use super::{
-            PART, REGS, Register, WIDTH, $multiply_add as multiply_add, load, load_cells, splat_cell, store, transpose_square,
+            PART, REGS, Register, WIDTH, $multiply_add as multiply_add, load, load_cells, splat_cell, store,
+            transpose_square,
         };
         use super::super::{
-            Finish, Line, PackedMatrix, RUN, Rows, Scratch, TILE, $cells as cells_of, finish_tile, grow, prefetch,
+            Line, PackedMatrix, RUN, Rows, Scratch, TILE, $cells as cells_of, finish_tile, grow, prefetch,
         };
 
         const ROWS: usize = $rows;
@@ -471,7 +430,7 @@ macro_rules! level {
 
         $(#[$attr])*
         pub(in super::super) fn multiply(
-            matrix: &PackedMatrix, rows: Rows<'_>, finish: Finish, out: &mut [f32], scratch: &mut Scratch,
+            matrix: &PackedMatrix, rows: Rows<'_>, out: &mut [f32], scratch: &mut Scratch,
         ) {
             let (steps, count) = (matrix.steps, out.len() / matrix.columns);
             let groups = count.div_ceil(ROWS);
@@ -498,7 +457,7 @@ macro_rules! level {
                         // Here, not after the last group: the stores then wait for their cache lines beside the next
                         // group's arithmetic.
                         if last {
-                            finish_tile(matrix, t, lines, finish, &mut out[first * matrix.columns..]);
+                            finish_tile(matrix, t, lines, &mut out[first * matrix.columns..]);
                         }
                     }
                 }
@@ -760,7 +719,7 @@ mod tests {
 
     fn product(matrix: &PackedMatrix, x: &[f32], stride: usize) -> Vec<f32> {
         let mut out = vec![f32::NAN; x.len() / stride * matrix.columns()];
-        matrix.multiply(Rows { data: x, stride }, Finish::Store, &mut out);
+        matrix.multiply(Rows { data: x, stride }, &mut out);
         out
     }
 
@@ -842,8 +801,8 @@ mod tests {
                     }
                     let backwards: Vec<f32> = x.chunks_exact(stride).rev().flatten().copied().collect();
                     let backwards = product(&matrix, &backwards, stride);
-                    let pairs = backwards.chunks_exact(matrix.columns()).rev().zip(together.chunks_exact(matrix.columns()));
-                    for (row, expected) in pairs {
+                    let backwards = backwards.chunks_exact(matrix.columns()).rev();
+                    for (row, expected) in backwards.zip(together.chunks_exact(matrix.columns())) {
                         prop_assert_eq!(row, expected, "{:?} {:?}", format, level);
                     }
                 }
@@ -865,7 +824,7 @@ mod tests {
         }
 
         #[test]
-        fn gates_bias_and_residual_are_what_separate_steps_give((depth, weights, stride, x) in case()) {
+        fn gates_and_bias_are_what_separate_steps_give((depth, weights, stride, x) in case()) {
             for (format, level) in [Format::F32, Format::Bf16]
                 .into_iter()
                 .flat_map(|format| Level::available(format).into_iter().map(move |level| (format, level)))
@@ -878,19 +837,15 @@ mod tests {
                 let separate: Vec<f32> = product(&plain, &x, stride)
                     .into_iter()
                     .zip(product(&plain_up, &x, stride))
-                    .map(|(gate, up)| silu_times(gate, up))
+                    .map(|(gate, up)| math::silu(gate) * up)
                     .collect();
                 prop_assert_eq!(&product(&gated, &x, stride), &separate, "{:?} {:?}", format, level);
-
-                let mut out: Vec<f32> = separate.iter().rev().copied().collect();
-                let expected: Vec<f32> = out.iter().zip(product(&plain, &x, stride)).map(|(a, b)| a + b).collect();
-                plain.multiply(Rows { data: &x, stride }, Finish::Add, &mut out);
-                prop_assert_eq!(&out, &expected, "{:?} {:?}", format, level);
 
                 let biased = plain.with_bias(&weights[..columns]);
                 let expected = naive(&weights, depth, &x, stride);
                 for (i, (value, (sum, absolute))) in product(&biased, &x, stride).iter().zip(&expected).enumerate() {
-                    let (bias, slack) = (f64::from(weights[i % columns]), if format == Format::Bf16 { 0.01 } else { 0.0 });
+                    let bias = f64::from(weights[i % columns]);
+                    let slack = if format == Format::Bf16 { 0.01 } else { 0.0 };
                     let allowed = bound(absolute + bias.abs(), depth) + slack * absolute;
                     prop_assert!((f64::from(*value) - sum - bias).abs() <= allowed, "{format:?} {level:?}");
                 }
@@ -901,12 +856,6 @@ mod tests {
         fn rounding_is_that_of_half(bits in any::<u32>()) {
             let value = f32::from_bits(bits);
             prop_assert_eq!(round_to_bf16(value) >> 16, u32::from(half::bf16::from_f32(value).to_bits()));
-        }
-
-        #[test]
-        fn exp_is_within_two_units(x in -87.0f32..88.0) {
-            let (value, exact) = (f64::from(exp(x)), f64::from(x).exp());
-            prop_assert!((value - exact).abs() <= 2.0 * f64::from(f32::EPSILON) * exact, "{x} {value} {exact}");
         }
     }
 
@@ -924,11 +873,11 @@ mod tests {
 
     #[test]
     fn silu_has_its_limits() {
-        assert_eq!(silu_times(0.0, 3.0), 0.0);
-        assert_eq!(silu_times(100.0, 2.0), 200.0);
-        assert!(silu_times(-100.0, 2.0).abs() < 1e-30);
-        assert!(silu_times(f32::NAN, 1.0).is_nan());
-        assert!((silu_times(1.0, 1.0) - 0.731_058_6).abs() < 1e-6);
+        assert_eq!(math::silu(0.0), 0.0);
+        assert_eq!(math::silu(100.0), 100.0);
+        assert!(math::silu(-100.0).abs() < 1e-30);
+        assert!(math::silu(f32::NAN).is_nan());
+        assert!((math::silu(1.0) - 0.731_058_6).abs() < 1e-6);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use super::error::EmbedError;
 use super::tokens::TextTokens;
 use super::weights::Weights;
 use crate::cpu::attention::{Mask, Room, grown};
-use crate::cpu::{Finish, Format, Keys, PackedMatrix, Rows, math};
+use crate::cpu::{Format, Keys, PackedMatrix, Rows, math};
 
 /// A loaded encoder.
 pub(super) struct CpuEncoder {
@@ -121,15 +121,18 @@ impl CpuEncoder {
         for (index, layer) in self.layers.iter().enumerate() {
             let first_only = self.pooling == Pooling::Cls && index + 1 == self.layers.len();
             let queries = if first_only { 1 } else { m };
-            layer.query_key_value.multiply(Rows { data: x, stride: dim }, Finish::Store, query_key_value);
+            layer.query_key_value.multiply(Rows { data: x, stride: dim }, query_key_value);
             self.attend(query_key_value, m, queries, room, attended);
             let (x, attended, inner) =
                 (&mut x[..queries * dim], &attended[..queries * dim], &mut inner[..queries * self.intermediate]);
-            layer.attention_output.multiply(Rows { data: attended, stride: dim }, Finish::Add, x);
+            let out = &mut query_key_value[..queries * dim];
+            layer.attention_output.multiply(Rows { data: attended, stride: dim }, out);
+            math::add(x, out);
             math::layer_norm(x, &layer.attention_norm.gamma, &layer.attention_norm.beta, self.eps);
-            layer.intermediate.multiply(Rows { data: x, stride: dim }, Finish::Store, inner);
+            layer.intermediate.multiply(Rows { data: x, stride: dim }, inner);
             math::gelu(inner);
-            layer.output.multiply(Rows { data: inner, stride: self.intermediate }, Finish::Add, x);
+            layer.output.multiply(Rows { data: inner, stride: self.intermediate }, out);
+            math::add(x, out);
             math::layer_norm(x, &layer.output_norm.gamma, &layer.output_norm.beta, self.eps);
         }
 

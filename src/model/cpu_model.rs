@@ -16,7 +16,7 @@ use super::setup::Setup;
 use super::weights::WeightReader;
 use super::{DType, MemorySpec};
 use crate::cpu::attention::{Mask, Room, grown};
-use crate::cpu::{Finish, Format, Keys, PackedMatrix, Rows, math};
+use crate::cpu::{Format, Keys, PackedMatrix, Rows, math};
 use crate::fingerprint::Fingerprint;
 use crate::select::{self, SelectShape};
 
@@ -267,19 +267,21 @@ impl CpuModel {
             rope.rotate(q, widths[0]);
             let behind = self.cache.get(number).map(|(k, v)| (&k[..], &v[..]));
             attend(config, m, q, (k_rotated, v), behind, room, attended);
-            layer.o_proj.multiply(Rows { data: attended, stride: widths[0] }, Finish::Add, x);
+            layer.o_proj.multiply(Rows { data: attended, stride: widths[0] }, normed);
+            math::add(x, normed);
             // 4. norm, MLP, residual
             math::rms_norm(x, &layer.post_attention_layernorm, eps, normed);
             let rows = Rows { data: normed, stride: d };
             match &layer.mlp.gate_up {
-                GateUp::Gated(gate_up) => gate_up.multiply(rows, Finish::Store, gate),
+                GateUp::Gated(gate_up) => gate_up.multiply(rows, gate),
                 GateUp::Apart { gate_proj, up_proj } => {
-                    gate_proj.multiply(rows, Finish::Store, gate);
-                    up_proj.multiply(rows, Finish::Store, up);
+                    gate_proj.multiply(rows, gate);
+                    up_proj.multiply(rows, up);
                     math::silu_times(gate, up);
                 }
             }
-            layer.mlp.down_proj.multiply(Rows { data: gate, stride: inner }, Finish::Add, x);
+            layer.mlp.down_proj.multiply(Rows { data: gate, stride: inner }, normed);
+            math::add(x, normed);
         }
         // 5. the last memory layer: norm, then q, k, v, and nothing more
         self.last.project(x, eps, normed, [&mut *q, &mut *k, &mut *v], config.head_dim);
@@ -294,9 +296,9 @@ impl LastLayer {
     fn project(&self, x: &[f32], eps: f32, normed: &mut [f32], [q, k, v]: [&mut [f32]; 3], head_dim: usize) {
         math::rms_norm(x, &self.input_layernorm, eps, normed);
         let rows = Rows { data: normed, stride: self.input_layernorm.len() };
-        self.q_proj.multiply(rows, Finish::Store, q);
-        self.k_proj.multiply(rows, Finish::Store, k);
-        self.v_proj.multiply(rows, Finish::Store, v);
+        self.q_proj.multiply(rows, q);
+        self.k_proj.multiply(rows, k);
+        self.v_proj.multiply(rows, v);
         for (x, norm) in [(q, &self.q_norm), (k, &self.k_norm)] {
             if let Some(gamma) = norm {
                 // [token * head, dim], in place: `normed` is free again
