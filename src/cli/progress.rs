@@ -59,7 +59,7 @@ fn position(progress: &Progress) -> (u64, Option<u64>, &'static str) {
             (kib(&progress.survey_bytes), Some(kib(&progress.survey_bytes_total)).filter(|&all| all > 0), "KiB")
         }
         Phase::Sample => (progress.sample.items(), Some(load(&progress.sample_total)), "chunks"),
-        Phase::Train => (load(&progress.train_steps), Some(load(&progress.train_steps_total)), "codebooks"),
+        Phase::Train => (load(&progress.train_steps), Some(load(&progress.train_steps_total)), "steps"),
         Phase::Compile => {
             let done = progress.write.items() + load(&progress.chunks_shared);
             (done, Some(load(&progress.chunks_total)), "chunks")
@@ -169,7 +169,7 @@ fn line(progress: &Progress, phase: Phase, elapsed: Duration) -> String {
     } else {
         text += &format!(" {unit}");
     }
-    // A codebook takes minutes: its rate says nothing.
+    // Steps are of unlike size: their rate says nothing.
     if phase != Phase::Train {
         text += &format!(", {rate:.1}/s");
     }

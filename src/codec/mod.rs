@@ -1,4 +1,4 @@
-//! Key and value vectors to codes and back: training by FAISS, encoding and decoding by our own kernels.
+//! Key and value vectors to codes and back: training, encoding and decoding on our own kernels, in FAISS's format.
 //!
 //! In: f32 vectors of the model's head size. Out: fixed-size codes, and the codec file that stock FAISS loads.
 //! [`factory`] says which codec, [`train`] makes it, [`Codec`] applies it, [`CodecSet`] maps layers and sides
@@ -17,11 +17,13 @@ mod decode;
 mod encode;
 mod error;
 pub mod factory;
-#[cfg(feature = "compile")]
-mod ffi;
 mod file;
 mod files;
 mod kernel;
+#[cfg(feature = "compile")]
+mod kmeans;
+#[cfg(feature = "compile")]
+mod opq;
 pub mod quality;
 #[cfg(feature = "compile")]
 pub mod sample;
@@ -49,7 +51,7 @@ pub enum Codec {
         /// Width of a vector.
         dim: usize,
     },
-    /// Trained by FAISS.
+    /// A FAISS index of the family `OPQ,Residual,PQ`.
     Faiss(FaissCodec),
 }
 

@@ -300,7 +300,7 @@ mod tests {
             assert_eq!(sample.available(scope), fewest, "{scope}");
             let choice: CodecChoice = "PQ2x4".parse().unwrap();
             let (spec, _) = choice.resolve(SHAPE.head_dim, fewest).unwrap();
-            let set = train::train_set(&spec, scope, &sample, &train::TrainOptions::default(), &|_| ()).unwrap();
+            let set = train::train_set(&spec, scope, &sample, &train::TrainOptions::default(), &|| ()).unwrap();
             let quality = sample.quality(&set);
             assert_eq!(quality.vectors * 2, sample.vectors(Purpose::HeldOut, |_| true).len() as u64, "{scope}");
             // 16 even steps over -1..1 leave 1 / 256 of the variance.

@@ -1,24 +1,21 @@
-//! Training a codec: FAISS's OPQ and k-means, on vectors that are given.
+//! Training a codec: the OPQ rotation, then each level's codebooks, on vectors that are given.
 //!
 //! In: a [`CodecSpec`] and f32 vectors. Out: a [`Codec`], and so the file that FAISS would have written.
 //! Always holds: the same vectors in the same order give the same bytes, on any number of threads.
 //!
-//! FAISS's own `train` of the whole index is reproducible on one thread only. Its pieces are the OPQ rotation,
-//! then for each part of each level an independent k-means (25 iterations, seed 1234, at most 256 vectors a
-//! centroid). We run the same pieces, each on one thread and the independent ones side by side, and put the
-//! file together: without OPQ the result is FAISS's own, byte for byte; with it, vectors are rotated by our
-//! kernel, whose rounding differs from the BLAS's. No progress is to be had from within FAISS; it is reported by piece.
+//! The steps are those of FAISS's own `train` of the whole index: a rotation, then for each part of each level an
+//! independent k-means (25 rounds, at most 256 vectors a centroid). They run on this program's kernels (`opq.rs`,
+//! `kmeans.rs`): FAISS's training is several times slower at these shapes, and reproducible on one thread only. The
+//! bench `codec` compares time and error.
 
-use faiss::cluster::{Clustering, ClusteringParameters};
-use faiss::index::flat::FlatIndexImpl;
-use faiss::vector_transform::{OPQMatrixImpl, VectorTransform};
 use rayon::prelude::*;
 
 use super::encode::{LevelTables, Rotator, subtract};
 use super::factory::{CodecSpec, FactorySpec, OpqSpec, SplitSpec};
-use super::ffi::{OneBlasThread, OneThread, apply};
 use super::file::{Codebooks, CodecParts, Rotation};
-use super::kernel::{BLOCK, Level};
+use super::kernel::{BLOCK, Level, Rows};
+use super::kmeans::{self, Points};
+use super::opq;
 use super::sample::TrainingSample;
 use super::{Codec, CodecError, CodecSet, Scope};
 
@@ -40,28 +37,17 @@ impl Default for TrainOptions {
     }
 }
 
-/// A piece of the training that has just been finished.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TrainStep {
-    /// The OPQ rotation.
-    Rotation,
-    /// One codebook of level 1.
-    Level1,
-    /// One codebook of the product quantizer.
-    Level2,
-}
-
-/// Trains a codec on vectors, `[n][head_dim]`. `done` is told of each finished piece, from any thread:
+/// Trains a codec on vectors, `[n][head_dim]`. `done` is told of each finished step:
 /// [`FactorySpec::training_steps`] of them in all.
 ///
 /// # Errors
-/// [`CodecError::Unfit`], [`CodecError::TooFewVectors`], [`CodecError::NotFinite`], or [`CodecError::Faiss`].
+/// [`CodecError::Unfit`], [`CodecError::TooFewVectors`], or [`CodecError::NotFinite`].
 pub fn train(
     spec: &CodecSpec,
     head_dim: usize,
     vectors: &[f32],
     options: &TrainOptions,
-    done: &(dyn Fn(TrainStep) + Sync),
+    done: &dyn Fn(),
 ) -> Result<Codec, CodecError> {
     match spec {
         CodecSpec::Bf16 => Ok(Codec::Bf16 { dim: head_dim }),
@@ -78,7 +64,7 @@ pub fn train_set(
     scope: Scope,
     sample: &TrainingSample,
     options: &TrainOptions,
-    done: &(dyn Fn(TrainStep) + Sync),
+    done: &dyn Fn(),
 ) -> Result<CodecSet, CodecError> {
     let shape = sample.shape();
     let codecs: Result<Vec<Codec>, CodecError> = (0..scope.codecs(shape.layers))
@@ -92,7 +78,7 @@ fn train_faiss(
     head_dim: usize,
     vectors: &[f32],
     options: &TrainOptions,
-    done: &(dyn Fn(TrainStep) + Sync),
+    done: &dyn Fn(),
 ) -> Result<Codec, CodecError> {
     spec.check(head_dim)?;
     let (available, needed) = (vectors.len() / head_dim, spec.minimum_vectors());
@@ -102,43 +88,40 @@ fn train_faiss(
     if let Some(at) = vectors.iter().position(|value| !value.is_finite()) {
         return Err(CodecError::NotFinite { vector: at / head_dim });
     }
-    let _blas = OneBlasThread::new();
+    let level = Level::detect();
     // 1. The rotation, and all vectors rotated.
     let rotation = match spec.opq {
         None => None,
-        Some(opq) => Some(train_rotation(spec, opq, head_dim, vectors, options)?),
+        Some(opq) => Some(train_rotation(spec, opq, head_dim, vectors, options, done)?),
     };
     let rotated;
     let vectors = match &rotation {
         None => vectors,
         Some(rotation) => {
-            done(TrainStep::Rotation);
-            rotated = Rotator::new(rotation, Level::detect()).rotate(vectors);
+            rotated = Rotator::new(rotation, level).rotate(vectors);
             &rotated
         }
     };
     // 2. Level 1 on the rotated vectors.
     let dim = spec.inner_dim(head_dim);
-    let report = |step| move || done(step);
-    let level1 = match spec.level1 {
-        None => None,
-        Some(split) => Some(train_level(split, dim, vectors, options, &report(TrainStep::Level1))?),
-    };
+    let level1 = spec.level1.map(|split| train_level(split, dim, vectors, options, done));
     // 3. The product quantizer on what level 1 leaves.
     let level2 = match &level1 {
-        None => train_level(spec.level2, dim, vectors, options, &report(TrainStep::Level2))?,
+        None => train_level(spec.level2, dim, vectors, options, done),
         Some(level1) => {
             let residuals = residuals(level1, &thinned(vectors, dim, spec.level2));
-            train_level(spec.level2, dim, &residuals, options, &report(TrainStep::Level2))?
+            train_level(spec.level2, dim, &residuals, options, done)
         }
     };
     Ok(Codec::from_parts(*spec, CodecParts { rotation, level1, level2 }))
 }
 
 impl FactorySpec {
-    /// Pieces that the training reports.
-    pub fn training_steps(&self) -> usize {
-        usize::from(self.opq.is_some()) + self.level1.map_or(0, |level| level.count) + self.level2.count
+    /// Steps that the training reports: iterations of the rotation, rounds of each codebook.
+    pub fn training_steps(&self, options: &TrainOptions) -> usize {
+        let codebooks = self.level1.map_or(0, |level| level.count) + self.level2.count;
+        let rotation = if self.opq.is_some() { options.opq_iterations } else { 0 };
+        rotation as usize + codebooks * options.kmeans_iterations as usize
     }
 }
 
@@ -148,57 +131,28 @@ fn train_rotation(
     d_in: usize,
     vectors: &[f32],
     options: &TrainOptions,
+    done: &dyn Fn(),
 ) -> Result<Rotation, CodecError> {
     let d_out = spec.inner_dim(d_in);
     let Some(split) = opq.split else {
         let cause = "the split of its OPQ part is not known; write OPQCOUNT_WIDTH".to_owned();
         return Err(CodecError::Unfit { spec: spec.to_string(), head_dim: d_in, cause });
     };
-    let _one = OneThread::new();
-    let error = |source| CodecError::Faiss { step: "training the OPQ rotation", source };
-    let mut matrix = OPQMatrixImpl::new(narrow(d_in), narrow(split), narrow(d_out)).map_err(error)?;
-    matrix.set_niter(options.opq_iterations);
-    matrix.train(vectors.len() / d_in, vectors).map_err(error)?;
-    // The images of the unit vectors are the columns of A, exactly: all other terms of each sum are zero.
-    let unit: Vec<f32> = (0..d_in * d_in).map(|at| if at / d_in == at % d_in { 1.0 } else { 0.0 }).collect();
-    let columns = apply(&matrix, d_in, d_out, &unit);
-    let entry = |at: usize| columns[at % d_in * d_out + at / d_in];
-    Ok(Rotation { d_in, d_out, matrix: (0..d_out * d_in).map(entry).collect(), bias: vec![] })
+    let matrix = opq::train(vectors, [d_in, d_out], split, options.opq_iterations, Level::detect(), done);
+    Ok(Rotation { d_in, d_out, matrix, bias: vec![] })
 }
 
-/// The k-means of all parts, side by side.
-fn train_level(
-    split: SplitSpec,
-    dim: usize,
-    vectors: &[f32],
-    options: &TrainOptions,
-    done: &(dyn Fn() + Sync),
-) -> Result<Codebooks, CodecError> {
-    let sub_dim = dim / split.count;
-    let codebooks: Result<Vec<Vec<f32>>, CodecError> = (0..split.count)
-        .into_par_iter()
-        .map(|part| {
-            let slices = vectors.chunks_exact(dim).flat_map(|row| &row[part * sub_dim..][..sub_dim]);
-            let codebook = kmeans(sub_dim, split.centroids(), &slices.copied().collect::<Vec<f32>>(), options)?;
-            done();
-            Ok(codebook)
-        })
-        .collect();
-    Ok(Codebooks { dim, split, centroids: codebooks?.concat() })
-}
-
-/// FAISS's k-means on this thread: `[centroid][dim]`.
-fn kmeans(dim: usize, centroids: usize, vectors: &[f32], options: &TrainOptions) -> Result<Vec<f32>, CodecError> {
-    let _one = OneThread::new();
-    let error = |source| CodecError::Faiss { step: "k-means", source };
-    let mut parameters = ClusteringParameters::new();
-    parameters.set_niter(options.kmeans_iterations);
-    // Too few vectors are said by us, once, and not by FAISS for each codebook.
-    parameters.set_min_points_per_centroid(1);
-    let mut clustering = Clustering::new_with_params(narrow(dim), narrow(centroids), &parameters).map_err(error)?;
-    let mut index = FlatIndexImpl::new_l2(narrow(dim)).map_err(error)?;
-    clustering.train(vectors, &mut index).map_err(error)?;
-    Ok(clustering.centroids().map_err(error)?.concat())
+/// The k-means of all parts.
+fn train_level(split: SplitSpec, dim: usize, vectors: &[f32], options: &TrainOptions, done: &dyn Fn()) -> Codebooks {
+    let vectors = thinned(vectors, dim, split);
+    let depth = dim / split.count;
+    let codebook = |part: usize| {
+        let points = Points { rows: Rows { data: &vectors, stride: dim, offset: part * depth }, depth };
+        let mut centroids = kmeans::start(points, split.centroids());
+        kmeans::refine(points, &mut centroids, options.kmeans_iterations, Level::detect(), done);
+        centroids
+    };
+    Codebooks { dim, split, centroids: (0..split.count).flat_map(codebook).collect() }
 }
 
 /// At most as many vectors as the k-means of `split` looks at, evenly spaced.
@@ -221,11 +175,6 @@ fn residuals(level1: &Codebooks, vectors: &[f32]) -> Vec<f32> {
     rest
 }
 
-/// Widths and centroid counts were checked to be at most 2^16.
-fn narrow(value: usize) -> u32 {
-    u32::try_from(value).unwrap_or(u32::MAX)
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
@@ -243,7 +192,7 @@ mod tests {
         let spec = spec("OPQ4_16,Residual2x5,PQ4x6");
         let train_on = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| train(&spec, 16, &vectors, &TrainOptions::default(), &|_| ()).unwrap().fingerprint())
+            pool.install(|| train(&spec, 16, &vectors, &TrainOptions::default(), &|| ()).unwrap().fingerprint())
         };
         let first = train_on(1);
         assert_eq!(train_on(3), first);
@@ -254,12 +203,12 @@ mod tests {
     fn the_rotation_is_orthonormal_and_every_piece_is_reported() {
         let vectors = testing::floats(12, 1000 * 12);
         let reported = AtomicUsize::new(0);
-        let count = |_| {
+        let count = || {
             reported.fetch_add(1, Ordering::Relaxed);
         };
         let spec = spec("OPQ3_12,Residual2x4,PQ3x5");
         let codec = train(&spec, 12, &vectors, &TrainOptions::default(), &count).unwrap();
-        assert_eq!((reported.into_inner(), codec.name()), (6, "OPQ3_12,Residual2x4,PQ3x5".to_owned()));
+        assert_eq!((reported.into_inner(), codec.name()), (50 + 5 * 25, "OPQ3_12,Residual2x4,PQ3x5".to_owned()));
         let Codec::Faiss(codec) = codec else { panic!("{spec} is not bf16") };
         let rotation = codec.parts().rotation.as_ref().unwrap();
         for (i, a) in rotation.matrix.chunks_exact(12).enumerate() {
@@ -274,12 +223,12 @@ mod tests {
     fn bad_training_sets_are_refused() {
         let spec = spec("Residual2x5,PQ4x6");
         let options = TrainOptions::default();
-        let few = train(&spec, 16, &[0.0; 63 * 16], &options, &|_| ()).unwrap_err();
+        let few = train(&spec, 16, &[0.0; 63 * 16], &options, &|| ()).unwrap_err();
         assert!(matches!(few, CodecError::TooFewVectors { available: 63, needed: 64, .. }), "{few}");
         let mut vectors = testing::floats(13, 100 * 16);
         vectors[77 * 16 + 3] = f32::NAN;
-        let bad = train(&spec, 16, &vectors, &options, &|_| ()).unwrap_err();
+        let bad = train(&spec, 16, &vectors, &options, &|| ()).unwrap_err();
         assert!(matches!(bad, CodecError::NotFinite { vector: 77 }), "{bad}");
-        assert!(matches!(train(&spec, 15, &vectors, &options, &|_| ()), Err(CodecError::Unfit { .. })));
+        assert!(matches!(train(&spec, 15, &vectors, &options, &|| ()), Err(CodecError::Unfit { .. })));
     }
 }

@@ -184,12 +184,13 @@ impl TrainingPlan {
         sample: &TrainingSample,
         progress: &Progress,
     ) -> Result<CodecSet, PipelineError> {
+        let options = TrainOptions::default();
         let steps = match spec {
             CodecSpec::Bf16 => 0,
-            CodecSpec::Faiss(spec) => spec.training_steps() * self.scope.codecs(sample.shape().layers),
+            CodecSpec::Faiss(spec) => spec.training_steps(&options) * self.scope.codecs(sample.shape().layers),
         };
         progress.train_steps_total.store(steps as u64, Ordering::Relaxed);
-        let train = || train_set(&spec, self.scope, sample, &TrainOptions::default(), &|_| progress.train_step());
+        let train = || train_set(&spec, self.scope, sample, &options, &|| progress.train_step());
         Ok(progress.train.measure(sample.len(), train)?)
     }
 }

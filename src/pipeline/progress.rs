@@ -102,9 +102,9 @@ pub struct Progress {
     pub chunks_shared: AtomicU64,
     /// Sampled chunks to encode for training.
     pub sample_total: AtomicU64,
-    /// Pieces of training finished: rotations and codebooks.
+    /// Steps of training finished: iterations of rotations, rounds of codebooks.
     pub train_steps: AtomicU64,
-    /// Pieces of training in all.
+    /// Steps of training in all.
     pub train_steps_total: AtomicU64,
     /// Reading and chunking, in the survey.
     pub survey: StageMeter,
@@ -166,7 +166,7 @@ impl Progress {
         self.phase.store(u8::try_from(index).unwrap_or(0), Ordering::Relaxed);
     }
 
-    /// Counts a finished piece of training.
+    /// Counts a finished step of training.
     pub fn train_step(&self) {
         self.train_steps.fetch_add(1, Ordering::Relaxed);
     }

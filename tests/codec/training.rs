@@ -1,4 +1,4 @@
-//! Training through FAISS: what comes out is FAISS's own, loads in FAISS, and is worth its bytes.
+//! Training: what comes out loads in FAISS, is worth its bytes, and loses no more than what FAISS trains.
 
 use memory3::codec::quality::Distortion;
 use memory3::codec::train::{TrainOptions, train};
@@ -20,15 +20,28 @@ fn clustered(n: usize, dim: usize, seed: u64) -> Vec<f32> {
 }
 
 fn trained(spec: &str, dim: usize, vectors: &[f32]) -> Codec {
-    train(&CodecSpec::Faiss(spec.parse().unwrap()), dim, vectors, &TrainOptions::default(), &|_| ()).unwrap()
+    train(&CodecSpec::Faiss(spec.parse().unwrap()), dim, vectors, &TrainOptions::default(), &|| ()).unwrap()
+}
+
+fn loss(codec: &Codec, held_out: &[f32]) -> f64 {
+    let mut distortion = Distortion::default();
+    distortion.add(codec, held_out);
+    distortion.relative().unwrap()
 }
 
 #[test]
-fn without_a_rotation_the_file_is_the_one_that_faiss_trains_as_a_whole() {
-    for (spec, for_faiss, dim) in [("Residual2x5,PQ4x6", "Residual2x5,PQ4x6", 16), ("PQ4x6", "PQ4x6np", 16)] {
-        let vectors = clustered(3000, dim, 21);
-        let ours = trained(spec, dim, &vectors);
-        assert!(ours.to_faiss_bytes().unwrap() == train_whole(for_faiss, dim, &vectors), "{spec}");
+fn our_training_loses_no_more_than_that_of_faiss() {
+    for (spec, for_faiss, dim) in [
+        ("PQ4x6", "PQ4x6np", 16),
+        ("Residual2x5,PQ4x6", "Residual2x5,PQ4x6", 16),
+        ("OPQ4_16,Residual2x5,PQ4x6", "OPQ4_16,Residual2x5,PQ4x6", 16),
+        ("OPQ4_12,PQ4x6", "OPQ4_12,PQ4x6np", 16),
+    ] {
+        let (vectors, held_out) = (clustered(6000, dim, 21), clustered(4000, dim, 26));
+        let ours = loss(&trained(spec, dim, &vectors), &held_out);
+        let theirs = loss(&Codec::from_faiss_bytes(train_whole(for_faiss, dim, &vectors)).unwrap(), &held_out);
+        // k-means from another start ends in another optimum: a percent or two either way.
+        assert!(ours <= theirs * 1.02, "{spec}: {ours} against {theirs}");
     }
 }
 
@@ -46,11 +59,7 @@ fn a_trained_codec_works_the_same_in_faiss() {
 #[test]
 fn more_bytes_lose_less() {
     let (vectors, held_out) = (clustered(6000, 32, 24), clustered(1000, 32, 25));
-    let loss = |spec: &str| {
-        let mut distortion = Distortion::default();
-        distortion.add(&trained(spec, 32, &vectors), &held_out);
-        distortion.relative().unwrap()
-    };
+    let loss = |spec: &str| loss(&trained(spec, 32, &vectors), &held_out);
     let (small, large) = (loss("OPQ4_32,Residual2x4,PQ4x5"), loss("OPQ8_32,Residual2x6,PQ8x7"));
     assert!(large < small * 0.7 && small < 0.5, "{small} {large}");
 }
