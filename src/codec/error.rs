@@ -85,15 +85,6 @@ pub enum CodecError {
         /// Its number, from 0.
         vector: usize,
     },
-    /// FAISS refused.
-    #[error("faiss: {step} failed; see the cause")]
-    Faiss {
-        /// What was asked of it.
-        step: &'static str,
-        /// What it said.
-        #[source]
-        source: faiss::error::Error,
-    },
     /// The codecs of a set differ in code size or vector width, or their number does not fit the scope.
     #[error("codec set with scope {scope}: {cause}; train all codecs of a bank together")]
     Set {

@@ -207,7 +207,7 @@ impl FromStr for FactorySpec {
 pub enum CodecSpec {
     /// Two bytes a float, nothing trained.
     Bf16,
-    /// Trained by FAISS.
+    /// A FAISS index of this family.
     Faiss(FactorySpec),
 }
 

@@ -17,6 +17,9 @@
 
 use std::sync::OnceLock;
 
+#[cfg(target_arch = "x86_64")]
+use super::screen::{self, Screen};
+
 /// Columns in a tile. Every level's register block divides it.
 const TILE: usize = 32;
 
@@ -37,6 +40,9 @@ pub(super) enum Level {
     /// AVX-512 F.
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// AVX-512 with 8-bit products: the nearest centroid by `screen`, all else as [`Level::Avx512`].
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
 }
 
 impl Level {
@@ -51,6 +57,9 @@ impl Level {
             }
             if std::arch::is_x86_feature_detected!("avx512f") {
                 levels.push(Self::Avx512);
+            }
+            if screen::is_available() {
+                levels.push(Self::Avx512Vnni);
             }
         }
         levels
@@ -72,6 +81,9 @@ pub(super) struct Table {
     values: Vec<f32>,
     /// `[tile][32]`: where each column's sum starts.
     start: Vec<f32>,
+    /// The columns in 8 bits, if they are a codebook that this suits.
+    #[cfg(target_arch = "x86_64")]
+    screen: Option<Screen>,
 }
 
 impl Table {
@@ -81,7 +93,10 @@ impl Table {
         #[allow(clippy::cast_possible_truncation)] // rounding to f32 is the purpose
         let half = |c: &[f32]| (-0.5 * c.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>()) as f32;
         // Padding starts at minus infinity, which no comparison lets through.
-        Self::new(centroids, depth, f32::NEG_INFINITY, half)
+        let table = Self::new(centroids, depth, f32::NEG_INFINITY, half);
+        #[cfg(target_arch = "x86_64")]
+        let table = Self { screen: Screen::new(centroids, depth, &table.start), ..table };
+        table
     }
 
     /// A matrix, `rows` being `[column][depth]`: the sum is the plain product.
@@ -101,7 +116,14 @@ impl Table {
             }
             start[column] = start_of(vector);
         }
-        Self { depth, columns, values, start }
+        Self {
+            depth,
+            columns,
+            values,
+            start,
+            #[cfg(target_arch = "x86_64")]
+            screen: None,
+        }
     }
 }
 
@@ -116,7 +138,12 @@ pub(super) struct Rows<'a> {
     pub(super) offset: usize,
 }
 
-impl Rows<'_> {
+impl<'a> Rows<'a> {
+    /// The range of one row.
+    pub(super) fn row(&self, row: usize, depth: usize) -> &'a [f32] {
+        &self.data[row * self.stride + self.offset..][..depth]
+    }
+
     /// `[group][depth][rows per group]`, the last group padded with zeros.
     fn pack(&self, depth: usize, per_group: usize) -> Vec<f32> {
         let rows = self.data.len() / self.stride;
@@ -142,6 +169,14 @@ pub(super) fn nearest(level: Level, table: &Table, rows: Rows<'_>, found: &mut [
         #[cfg(target_arch = "x86_64")]
         // SAFETY: `Level::available` yields this level only where AVX-512 F was detected.
         Level::Avx512 => unsafe { avx512::nearest(table, rows, found) },
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512Vnni => match &table.screen {
+            // SAFETY: `Level::available` yields this level only where `screen::is_available`.
+            Some(screen) => unsafe {
+                screen::nearest(screen, rows, found, |rows, found| nearest(Level::Avx512, table, rows, found));
+            },
+            None => nearest(Level::Avx512, table, rows, found),
+        },
     }
 }
 
@@ -153,8 +188,8 @@ pub(super) fn product(level: Level, table: &Table, rows: Rows<'_>, product: &mut
         // SAFETY: `Level::available` yields this level only where AVX2 and FMA were detected.
         Level::Avx2 => unsafe { avx2::product(table, rows, product) },
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: `Level::available` yields this level only where AVX-512 F was detected.
-        Level::Avx512 => unsafe { avx512::product(table, rows, product) },
+        // SAFETY: `Level::available` yields these levels only where AVX-512 F was detected.
+        Level::Avx512 | Level::Avx512Vnni => unsafe { avx512::product(table, rows, product) },
     }
 }
 

@@ -27,6 +27,8 @@ mod opq;
 pub mod quality;
 #[cfg(feature = "compile")]
 pub mod sample;
+#[cfg(target_arch = "x86_64")]
+mod screen;
 mod set;
 #[cfg(test)]
 mod testing;

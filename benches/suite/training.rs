@@ -1,0 +1,90 @@
+//! Training of a codec on all cores, against FAISS's own training of the whole index on the same vectors.
+//!
+//! Wall time and processor time of the process, and what the codec loses on vectors held out. One run of each: what
+//! takes a minute needs no repetition to be told from what takes ten seconds.
+
+use std::time::Instant;
+
+use cpu_time::ProcessTime;
+use memory3::codec::factory::auto_spec;
+use memory3::codec::quality::Distortion;
+use memory3::codec::train::{TrainOptions, train};
+use memory3::codec::{Codec, CodecSpec, FactorySpec};
+
+use super::measure::Effort;
+use super::numbers::Numbers;
+use super::peer::Trained;
+use super::report::Table;
+
+/// Clusters of the vectors.
+const CLUSTERS: usize = 200;
+
+pub fn run(effort: Effort) -> Table {
+    let mut table = Table::new(
+        "training",
+        "seconds on all threads, of the wall and of the processor; error: held-out sum |x - x'|^2 / sum |x - mean|^2",
+    );
+    let quick: FactorySpec = "OPQ4_16,Residual2x5,PQ4x6".parse().unwrap();
+    let (spec, dim) = effort.choose((auto_spec(80).unwrap(), 80), (quick, 16));
+    for count in effort.choose(&[16_384, 65_536][..], &[4000]) {
+        case(&mut table, &spec, dim, *count);
+    }
+    table
+}
+
+fn case(table: &mut Table, spec: &FactorySpec, dim: usize, count: usize) {
+    let (vectors, held_out) = vectors(count, dim);
+    let ours = measured(|| train(&CodecSpec::Faiss(*spec), dim, &vectors, &TrainOptions::default(), &|| ()).unwrap());
+    let theirs = measured(|| Trained::train(&spec.to_string(), dim, &vectors));
+    let (our_error, their_error) = (error(&ours.0, &held_out), error(&theirs.0.into_codec(), &held_out));
+    // k-means from another start ends in another optimum: a percent or two either way.
+    assert!(our_error <= their_error * 1.02, "{spec}: {our_error} against {their_error}");
+    table.row(
+        format!("{spec}, {count} vectors"),
+        &[
+            ("threads", Some(rayon::current_num_threads() as f64)),
+            ("seconds", Some(ours.1)),
+            ("cpu_seconds", Some(ours.2)),
+            ("error", Some(our_error)),
+            ("faiss_seconds", Some(theirs.1)),
+            ("faiss_cpu_seconds", Some(theirs.2)),
+            ("faiss_error", Some(their_error)),
+            ("x_faiss_seconds", Some(theirs.1 / ours.1)),
+            ("x_faiss_cpu", Some(theirs.2 / ours.2)),
+        ],
+    );
+}
+
+/// What comes out, wall seconds, and processor seconds of all threads.
+fn measured<T>(work: impl FnOnce() -> T) -> (T, f64, f64) {
+    let (wall, cpu) = (Instant::now(), ProcessTime::now());
+    let result = work();
+    (result, wall.elapsed().as_secs_f64(), cpu.elapsed().as_secs_f64().max(1e-9))
+}
+
+fn error(codec: &Codec, held_out: &[f32]) -> f64 {
+    let mut distortion = Distortion::default();
+    distortion.add(codec, held_out);
+    distortion.relative().unwrap()
+}
+
+/// `count` vectors to train on and a quarter as many held out: clusters, with coordinates that go together and unlike
+/// spreads, so that a rotation has something to find.
+fn vectors(count: usize, dim: usize) -> (Vec<f32>, Vec<f32>) {
+    let mut numbers = Numbers::new(3);
+    let centres = numbers.normals(CLUSTERS * dim, 1.0);
+    let mixing = numbers.normals(dim * dim, 1.0 / (dim as f32).sqrt());
+    let spreads: Vec<f32> = (0..dim).map(|at| 2.0 * (-3.0 * at as f32 / dim as f32).exp()).collect();
+    let mut draw = |count: usize| {
+        let mut vectors = Vec::with_capacity(count * dim);
+        for _ in 0..count {
+            let centre = &centres[numbers.below(CLUSTERS) * dim..][..dim];
+            let own: Vec<f32> = spreads.iter().zip(centre).map(|(s, c)| s * (c + 0.7 * numbers.normal())).collect();
+            let mixed = mixing.chunks_exact(dim).map(|row| row.iter().zip(&own).map(|(a, b)| a * b).sum::<f32>());
+            vectors.extend(mixed);
+        }
+        vectors
+    };
+    let training = draw(count);
+    (training, draw(count / 4))
+}
