@@ -1,7 +1,8 @@
 //! Training of a codec on all cores, against FAISS's own training of the whole index on the same vectors.
 //!
-//! Wall time and processor time of the process, and what the codec loses on vectors held out. One run of each: what
-//! takes a minute needs no repetition to be told from what takes ten seconds.
+//! Wall time and processor time of the process, and what the codec loses on vectors held out. FAISS runs with one
+//! thread and with all, and its better figure counts: on a machine that does something else too, its threads wait for
+//! each other in loops, and all together were seen to take seven times as long as one alone. One run of each.
 
 use std::time::Instant;
 
@@ -13,7 +14,7 @@ use memory3::codec::{Codec, CodecSpec, FactorySpec};
 
 use super::measure::Effort;
 use super::numbers::Numbers;
-use super::peer::Trained;
+use super::peer::{self, Trained};
 use super::report::Table;
 
 /// Clusters of the vectors.
@@ -22,11 +23,12 @@ const CLUSTERS: usize = 200;
 pub fn run(effort: Effort) -> Table {
     let mut table = Table::new(
         "training",
-        "seconds on all threads, of the wall and of the processor; error: held-out sum |x - x'|^2 / sum |x - mean|^2",
+        "seconds of the wall and of the processor; error: held-out sum |x - x'|^2 / sum |x - mean|^2; x_faiss: against \
+         FAISS's better figure of one thread and all",
     );
-    let quick: FactorySpec = "OPQ4_16,Residual2x5,PQ4x6".parse().unwrap();
+    let quick: FactorySpec = "Residual2x5,PQ4x6".parse().unwrap();
     let (spec, dim) = effort.choose((auto_spec(80).unwrap(), 80), (quick, 16));
-    for count in effort.choose(&[16_384, 65_536][..], &[4000]) {
+    for count in effort.choose(&[8192][..], &[4000]) {
         case(&mut table, &spec, dim, *count);
     }
     table
@@ -35,22 +37,31 @@ pub fn run(effort: Effort) -> Table {
 fn case(table: &mut Table, spec: &FactorySpec, dim: usize, count: usize) {
     let (vectors, held_out) = vectors(count, dim);
     let ours = measured(|| train(&CodecSpec::Faiss(*spec), dim, &vectors, &TrainOptions::default(), &|| ()).unwrap());
-    let theirs = measured(|| Trained::train(&spec.to_string(), dim, &vectors));
-    let (our_error, their_error) = (error(&ours.0, &held_out), error(&theirs.0.into_codec(), &held_out));
+    let threads = rayon::current_num_threads();
+    let [one, all] = [1, threads].map(|threads| {
+        peer::set_threads(threads);
+        eprintln!("training: FAISS on {threads} threads");
+        let (trained, wall, cpu) = measured(|| Trained::train(&spec.to_string(), dim, &vectors));
+        (error(&trained.into_codec(), &held_out), wall, cpu)
+    });
+    // Threads that share sums can end in another optimum: FAISS's better one is what ours has to reach.
+    let (our_error, their_error) = (error(&ours.0, &held_out), one.0.min(all.0));
     // k-means from another start ends in another optimum: a percent or two either way.
     assert!(our_error <= their_error * 1.02, "{spec}: {our_error} against {their_error}");
     table.row(
         format!("{spec}, {count} vectors"),
         &[
-            ("threads", Some(rayon::current_num_threads() as f64)),
+            ("threads", Some(threads as f64)),
             ("seconds", Some(ours.1)),
             ("cpu_seconds", Some(ours.2)),
             ("error", Some(our_error)),
-            ("faiss_seconds", Some(theirs.1)),
-            ("faiss_cpu_seconds", Some(theirs.2)),
+            ("faiss_1_seconds", Some(one.1)),
+            ("faiss_1_cpu", Some(one.2)),
+            ("faiss_all_seconds", Some(all.1)),
+            ("faiss_all_cpu", Some(all.2)),
             ("faiss_error", Some(their_error)),
-            ("x_faiss_seconds", Some(theirs.1 / ours.1)),
-            ("x_faiss_cpu", Some(theirs.2 / ours.2)),
+            ("x_faiss_seconds", Some(one.1.min(all.1) / ours.1)),
+            ("x_faiss_cpu", Some(one.2.min(all.2) / ours.2)),
         ],
     );
 }

@@ -51,6 +51,31 @@ fn a_chunk_gives_the_same_bytes_alone_and_in_any_batch() {
 }
 
 #[test]
+fn a_chunk_in_bf16_gives_the_same_bytes_in_any_batch_and_nearly_the_vectors_of_f32() {
+    for family in FAMILIES {
+        let open = |dtype| open(&dir(family), &PREFIX, &MemorySpec::default(), Device::Cpu, dtype).unwrap();
+        let (exact, rounded) = (open(DType::F32), open(DType::Bf16));
+        assert_ne!(exact.fingerprint().id(), rounded.fingerprint().id(), "{family}");
+        assert_independent_of_batch(rounded.as_ref(), family);
+        let chunks = chunks();
+        let (exact, rounded) = (exact.encode(&slices(&chunks)).unwrap(), rounded.encode(&slices(&chunks)).unwrap());
+        let (mut equal, mut all) = (0, 0);
+        for (exact, rounded) in exact.iter().zip(&rounded) {
+            let greatest = exact.vectors.iter().fold(0.0_f32, |max, value| max.max(value.abs()));
+            let sets = exact.tokens.chunks(8).zip(rounded.tokens.chunks(8));
+            equal += sets.clone().filter(|(a, b)| a == b).count();
+            all += sets.len();
+            if exact.tokens == rounded.tokens {
+                for (a, b) in exact.vectors.iter().zip(&rounded.vectors) {
+                    assert!((a - b).abs() <= 0.05 * greatest, "{family}: {a} and {b}");
+                }
+            }
+        }
+        assert!(equal * 10 >= all * 8, "{family}: {equal} of {all} selections are equal");
+    }
+}
+
+#[test]
 fn a_chunk_gives_the_same_bytes_on_one_thread_and_on_many() {
     let chunks = chunks();
     let encoder = open(&dir("llama"), &PREFIX, &MemorySpec::default(), Device::Cpu, DType::F32).unwrap();
