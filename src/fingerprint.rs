@@ -84,6 +84,13 @@ impl Fingerprint {
         differences
     }
 
+    /// [`Fingerprint::differences`], with `part` and a dot in front of the names, for where two fingerprints are
+    /// compared at once.
+    pub fn differences_of(&self, part: &str, asked: &Self) -> Vec<FieldDifference> {
+        let named = |found: FieldDifference| FieldDifference { name: format!("{part}.{}", found.name), ..found };
+        self.differences(asked).into_iter().map(named).collect()
+    }
+
     fn canonical_json(&self) -> String {
         // A map of strings always serializes; `Value` prints without a `Result`.
         let object = self.fields.iter().map(|(name, value)| {

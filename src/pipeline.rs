@@ -319,7 +319,7 @@ fn settled_codec(config: &Config, opened: &Opened) -> Result<Option<ChosenCodec>
     let asked =
         model_fingerprint(config, opened).with("codec", fingerprint.get("codec").unwrap_or_default().to_owned());
     let mut differences = fingerprint.differences(&asked);
-    differences.extend(embedder.differences(opened.embedder.fingerprint()));
+    differences.extend(embedder.differences_of("embedder", opened.embedder.fingerprint()));
     let wanted = [
         // A codec that was replaced for want of text is replaced again.
         ("codec.spec", &description.spec, opened.plan.named_codec().filter(|_| description.fallback.is_none())),

@@ -55,9 +55,12 @@ pub fn set_threads(threads: usize) {
 /// Version and kernels, in OpenBLAS's words.
 pub fn version() -> String {
     // SAFETY: no arguments, no preconditions.
-    let texts = unsafe { [openblas_get_config(), openblas_get_corename()] };
+    let config = unsafe { openblas_get_config() };
+    // SAFETY: no arguments, no preconditions.
+    let kernels = unsafe { openblas_get_corename() };
     // SAFETY: OpenBLAS returns C strings that live as long as the process.
-    texts.map(|text| unsafe { CStr::from_ptr(text) }.to_string_lossy().trim().to_owned()).join(", kernels for ")
+    let [config, kernels] = [config, kernels].map(|text| unsafe { CStr::from_ptr(text) }.to_string_lossy());
+    format!("{}, kernels for {}", config.trim(), kernels.trim())
 }
 
 /// `out = a b^T` for `a` of `[m][k]` and `b` of `[n][k]`.

@@ -24,14 +24,15 @@ impl Table {
         Self { name, about, columns: Vec::new(), rows: Vec::new() }
     }
 
-    /// Adds a row: a case and its figures. Also says on stderr that the case is done, for a bench takes its time.
+    /// Adds a row: a case and its figures. They also go to stderr at once, for a bench takes its time.
     pub fn row(&mut self, case: String, figures: &[(&'static str, Option<f64>)]) {
         let columns: Vec<&str> = figures.iter().map(|(column, _)| *column).collect();
         if self.rows.is_empty() {
             self.columns.clone_from(&columns);
         }
         assert_eq!(self.columns, columns, "{}: {case}", self.name);
-        eprintln!("{}: {case}", self.name);
+        let texts: Vec<String> = figures.iter().map(|(name, figure)| format!("{name} {}", text_of(*figure))).collect();
+        eprintln!("{}: {case}: {}", self.name, texts.join(", "));
         self.rows.push((case, figures.iter().map(|(_, figure)| *figure).collect()));
     }
 

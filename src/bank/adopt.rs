@@ -216,7 +216,7 @@ pub(crate) fn open_listed(shards_dir: &Path, entry: &ShardEntry) -> Result<Shard
 
 fn refuse_other_settings(path: &Path, manifest: &Manifest, spec: &BankSpec) -> Result<(), BankError> {
     let mut differences = manifest.fingerprint.differences(&spec.fingerprint);
-    differences.extend(manifest.embedder.differences(&spec.embedder));
+    differences.extend(manifest.embedder.differences_of("embedder", &spec.embedder));
     let code_bytes = (manifest.codec.description.code_bytes, spec.code_bytes as u64);
     let numbers = [
         ("code_bytes", code_bytes.0.to_string(), code_bytes.1.to_string()),

@@ -104,7 +104,7 @@ fn open_embedder(bank: &Bank, dir: &Path) -> anyhow::Result<Box<dyn TextEmbedder
     // Questions meet vectors that were made in the same number format.
     let dtype = bank.manifest().embedder.get("dtype").map_or(Ok(DType::F32), str::parse)?;
     let embedder = embed::open(dir, Device::Cpu, dtype)?;
-    let differences = bank.manifest().embedder.differences(embedder.fingerprint());
+    let differences = bank.manifest().embedder.differences_of("embedder", embedder.fingerprint());
     if differences.is_empty() {
         return Ok(embedder);
     }
