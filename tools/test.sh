@@ -11,5 +11,7 @@ export MEMORY3_PYTHON=$PWD/.venv/bin/python MEMORY3_EMBEDDER=$PWD/models/all-Min
 cargo fmt --check
 cargo clippy --locked --all-targets -- -D warnings
 cargo test --locked
+# Every bench once in a tiny size: they check their answers.
+cargo test --locked --bench suite -- --quick
 # The reader alone must build and pass without burn, tokenizers and the command line.
 cargo test --locked --no-default-features --lib
