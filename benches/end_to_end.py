@@ -73,6 +73,8 @@ def train_codec(options, folder, dtype):
     # What the program itself writes before its first record, and an interrupted run goes on with (bank/draft.rs).
     draft = {"format": "memory3 draft", "version": manifest["version"]}
     draft |= {name: manifest[name] for name in ("fingerprint", "embedder", "codec")}
+    # The settings of the command in `compile_bank`, as the program writes them.
+    draft["trained_by"] = f"spec {options.codec}, scope shared, training_vectors 262144, seed 1234"
     return bank, draft, report
 
 

@@ -157,6 +157,14 @@ impl Default for CodecConfig {
     }
 }
 
+/// All that decides a trained codec but the model and the text.
+impl fmt::Display for CodecConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { spec, scope, training_vectors, seed } = self;
+        write!(f, "spec {spec}, scope {scope}, training_vectors {training_vectors}, seed {seed}")
+    }
+}
+
 impl Default for EmbedderConfig {
     fn default() -> Self {
         Self { path: PathBuf::from("models/all-MiniLM-L6-v2"), dtype: "f32".to_owned() }

@@ -2,8 +2,8 @@
 //!
 //! The folders follow the data: [`corpus`] texts become chunks, [`model`] gives queries, keys and values,
 //! [`select`] picks the tokens, [`codec`] quantizes, [`embed`] makes the retrieval vectors, [`bank`] keeps
-//! everything on disk; [`cpu`] has the arithmetic that models share. [`pipeline`] joins the stages into the compile run. Without the default feature
-//! `compile` only the reading side is built: [`bank`] and [`codec`], free of burn.
+//! everything on disk; [`cpu`] has the arithmetic that models share. [`pipeline`] joins the stages into the compile
+//! run. Without the default feature `compile` only the reading side is built: [`bank`] and [`codec`], free of burn.
 
 pub mod bank;
 pub mod codec;

@@ -50,8 +50,13 @@ pub enum PipelineError {
     #[error(transparent)]
     Bank(#[from] BankError),
     /// A device or number format does not exist.
-    #[error(transparent)]
-    Device(#[from] ParseDeviceError),
+    #[error("{key}: {source}")]
+    Device {
+        /// The setting.
+        key: &'static str,
+        /// What is wrong with it.
+        source: ParseDeviceError,
+    },
     /// There is nothing to compile.
     #[error("no document can be compiled: {read} entries were read, all rejected; the reasons are in {}", ledger.display())]
     NothingToCompile {
@@ -78,10 +83,12 @@ pub enum PipelineError {
         origin: Arc<Origin>,
     },
     /// The model cannot encode a document.
-    #[error("{origin}: {source}")]
+    #[error("{origin}, chunk {chunk}: {source}")]
     Encode {
         /// The document.
         origin: Arc<Origin>,
+        /// Number of the chunk in the document, from 0.
+        chunk: usize,
         /// What is wrong with one of its chunks.
         source: ModelError,
     },
@@ -186,7 +193,7 @@ pub fn compile(
     // 4. The stages.
     progress.enter(Phase::Compile);
     let writer = BankWriter::begin_locked(lock, bank_spec(config, &opened, &codec.set), Arc::new(DiskIo))?;
-    writer.keep_codec(&codec.description(), &codec.set.files())?;
+    writer.keep_codec(&codec.description(), &codec.set.files(), &config.codec.to_string())?;
     tell_startup(&writer);
     let (kept_before, writer) = (writer.startup().adopted_records, Mutex::new(writer));
     let stages = Stages {
@@ -240,8 +247,10 @@ pub fn compile(
 }
 
 fn open(config: &Config) -> Result<Opened, PipelineError> {
-    let device: Device = config.model.device.parse()?;
-    let dtype: DType = config.model.dtype.parse()?;
+    let named = |key| move |error: ParseDeviceError| PipelineError::Device { key, source: error };
+    let device: Device = config.model.device.parse().map_err(named("model.device"))?;
+    let dtype: DType = config.model.dtype.parse().map_err(named("model.dtype"))?;
+    let embedder_dtype: DType = config.embedder.dtype.parse().map_err(named("embedder.dtype"))?;
     let corpus = Corpus::open(
         &config.corpus.inputs,
         CorpusOptions {
@@ -260,7 +269,7 @@ fn open(config: &Config) -> Result<Opened, PipelineError> {
     let layers = spec.resolve_layers(model_config.num_hidden_layers)?.len();
     let plan = TrainingPlan::new(&config.codec, layers, model_config.head_dim)?;
     let encoder = model::open(&config.model.path, chunker.prefix(), &spec, device, dtype)?;
-    let embedder = embed::open(&config.embedder.path, device, config.embedder.dtype.parse()?)?;
+    let embedder = embed::open(&config.embedder.path, device, embedder_dtype)?;
     Ok(Opened { chunker, encoder, embedder, corpus, plan, model_config, device, dtype })
 }
 
@@ -308,7 +317,7 @@ fn settled_codec(config: &Config, opened: &Opened) -> Result<Option<ChosenCodec>
     let dir = &config.bank.path;
     let (path, published, settled) = match Manifest::read(dir) {
         Ok(manifest) => (Manifest::path(dir), true, (manifest.fingerprint, manifest.embedder, manifest.codec)),
-        Err(BankError::NotABank { .. }) => match Draft::read(dir)? {
+        Err(BankError::NotABank { .. }) => match usable_draft(config, dir)? {
             Some(draft) => (Draft::path(dir), false, (draft.fingerprint, draft.embedder, draft.codec)),
             None => return Ok(None),
         },
@@ -332,14 +341,37 @@ fn settled_codec(config: &Config, opened: &Opened) -> Result<Option<ChosenCodec>
     }
     match (differences.is_empty(), published) {
         (true, _) => {
+            if !published {
+                tracing::info!("taking the codec that an interrupted run has trained ({})", path.display());
+            }
             let set = codec.open(dir, &path, opened.encoder.shape())?;
             Ok(Some(ChosenCodec::of_bank(set, description)))
         }
         (false, true) => Err(BankError::Fingerprint { path, differences }.into()),
-        // A draft is worth nothing without records.
-        (false, false) if !bank::has_shards(dir) => Ok(None),
+        // Without records nothing is lost by training anew.
+        (false, false) if !bank::has_shards(dir)? => Ok(None),
         (false, false) => Err(BankError::Unpublished { path, differences }.into()),
     }
+}
+
+/// The draft of a first compile, unless it has no records and was made by other codec settings or for want of text.
+fn usable_draft(config: &Config, dir: &Path) -> Result<Option<Draft>, PipelineError> {
+    let shards = bank::has_shards(dir)?;
+    let draft = match Draft::read(dir) {
+        Ok(Some(draft)) => draft,
+        Ok(None) if Manifest::generation_path(dir, 1).exists() => {
+            return Err(BankError::ManifestLost { path: Manifest::path(dir) }.into());
+        }
+        Ok(None) => return Ok(None),
+        Err(error) if shards => return Err(error.into()),
+        Err(error) => {
+            tracing::warn!("not used, there are no records yet: {error}");
+            return Ok(None);
+        }
+    };
+    let whole = draft.codec.read_files(dir).is_ok();
+    let stale = draft.codec.description.fallback.is_some() || draft.trained_by != config.codec.to_string() || !whole;
+    Ok(Some(draft).filter(|_| shards || !stale))
 }
 
 /// Says which files of folders and globs are not read.

@@ -2,8 +2,8 @@
 //!
 //! Comes in: a locked folder and what it is opened for. Goes out: open shards, published and adopted. What always
 //! holds: a shard is adopted if it follows the published ones without a gap, was written with the same fingerprints,
-//! and all its hashes are right; a sound shard of other settings is left alone, and the writer refuses; what else is
-//! not part of a published generation is removed, and reported.
+//! and all its hashes are right; a sound shard of other settings is left alone, and the writer refuses; damaged shards
+//! and those behind a gap are set aside under another name; only what was never finished is removed. All is reported.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -29,11 +29,11 @@ pub struct Startup {
     pub adopted_records: u64,
     /// Documents in them.
     pub adopted_documents: u64,
-    /// Files that were removed, and why.
+    /// Files that were removed or set aside (renamed to `*.aside`), by their old names, and why.
     pub removed: Vec<(PathBuf, Refusal)>,
 }
 
-/// Why a leftover file was removed.
+/// Why a leftover file is not used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Refusal {
     /// It was never finished.
@@ -135,15 +135,19 @@ fn adopt(shards_dir: &Path, spec: &BankSpec, io: &dyn Io, found: &mut Survey) ->
     leftovers.sort();
     for (number, part, name) in leftovers {
         let path = shards_dir.join(name);
-        // A part is older than the finished shard of its number, and nothing can follow it.
-        if number != found.next_shard || found.part.is_some() {
-            remove(io, path, Refusal::Gap, &mut found.startup)?;
+        if part && number < found.next_shard {
+            // The finished shard of its number goes on from it.
+            remove(io, path, Refusal::Unfinished, &mut found.startup)?;
             continue;
         }
-        let shard = match check(&path, number) {
+        if number != found.next_shard || found.part.is_some() {
+            set_aside(io, path, Refusal::Gap, &mut found.startup)?;
+            continue;
+        }
+        let shard = match check(&path, number)? {
             Ok(shard) => shard,
             Err(refusal) => {
-                remove(io, path, refusal, &mut found.startup)?;
+                set_aside(io, path, refusal, &mut found.startup)?;
                 continue;
             }
         };
@@ -172,20 +176,25 @@ fn adopt(shards_dir: &Path, spec: &BankSpec, io: &dyn Io, found: &mut Survey) ->
     Ok(())
 }
 
-/// Opens an unpublished shard and checks all of it.
-fn check(path: &Path, number: u32) -> Result<Shard, Refusal> {
-    let damaged = |error: BankError| Refusal::Damaged(error.to_string());
-    let shard = Shard::open(path).map_err(damaged)?;
+/// Opens an unpublished shard and checks all of it. What is not damage, such as a file that cannot be opened now, is
+/// the caller's error.
+fn check(path: &Path, number: u32) -> Result<Result<Shard, Refusal>, BankError> {
+    let damaged = |what: String| Ok(Err(Refusal::Damaged(what)));
+    let shard = match Shard::open(path) {
+        Ok(shard) => shard,
+        Err(error @ BankError::Corrupt { .. }) => return damaged(error.to_string()),
+        Err(error) => return Err(error),
+    };
     if shard.number() != number {
-        return Err(Refusal::Damaged(format!("its header says shard {}", shard.number())));
+        return damaged(format!("its header says shard {}", shard.number()));
     }
     for kind in SectionKind::ALL {
         let (bytes, expected) = shard.section_hash(kind);
         if blake3::Hasher::new().update_rayon(bytes).finalize() != expected {
-            return Err(Refusal::Damaged(format!("the BLAKE3 of section {} is wrong", kind.name())));
+            return damaged(format!("the BLAKE3 of section {} is wrong", kind.name()));
         }
     }
-    Ok(shard)
+    Ok(Ok(shard))
 }
 
 fn open_published(shards_dir: &Path, entry: &ShardEntry, spec: &BankSpec) -> Result<Shard, BankError> {
@@ -232,6 +241,17 @@ fn refuse_other_settings(path: &Path, manifest: &Manifest, spec: &BankSpec) -> R
     if differences.is_empty() { Ok(()) } else { Err(BankError::Fingerprint { path: path.to_owned(), differences }) }
 }
 
+/// Takes a shard out of the way without losing it.
+fn set_aside(io: &dyn Io, path: PathBuf, refusal: Refusal, startup: &mut Startup) -> Result<(), BankError> {
+    let mut aside = path.clone().into_os_string();
+    aside.push(".aside");
+    let aside = PathBuf::from(aside);
+    io.rename(&path, &aside).map_err(BankError::io(&aside, "rename to"))?;
+    tracing::warn!("{}: kept as {}, not used: {refusal}", path.display(), aside.display());
+    startup.removed.push((path, refusal));
+    Ok(())
+}
+
 fn remove(io: &dyn Io, path: PathBuf, refusal: Refusal, startup: &mut Startup) -> Result<(), BankError> {
     io.remove(&path).map_err(BankError::io(&path, "remove"))?;
     tracing::warn!("{}: removed: {refusal}", path.display());
@@ -250,8 +270,12 @@ fn parse_name(name: &str) -> Option<(u32, bool)> {
 }
 
 /// Whether the folder of a bank holds shards, whoever wrote them.
-pub fn has_shards(dir: &Path) -> bool {
-    names(&dir.join("shards")).is_ok_and(|names| names.iter().any(|name| parse_name(name).is_some()))
+///
+/// # Errors
+/// [`BankError::Io`] if the folder is there but cannot be listed.
+pub fn has_shards(dir: &Path) -> Result<bool, BankError> {
+    let folder = dir.join("shards");
+    Ok(folder.exists() && names(&folder)?.iter().any(|name| parse_name(name).is_some()))
 }
 
 /// File names of a folder, sorted.

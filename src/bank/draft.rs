@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::bank::error::BankError;
 use crate::bank::io::{store, write_file};
 use crate::bank::layout::FORMAT_VERSION;
-use crate::bank::manifest::{CodecDescription, CodecEntry};
+use crate::bank::manifest::{CodecDescription, CodecEntry, FileEntry, check_name};
 use crate::bank::writer::BankWriter;
 use crate::fingerprint::Fingerprint;
 
@@ -32,6 +32,14 @@ pub struct Draft {
     pub embedder: Fingerprint,
     /// As [`crate::bank::Manifest::codec`].
     pub codec: CodecEntry,
+    /// The settings that the codec was trained by, as their owner writes them.
+    pub trained_by: String,
+}
+
+#[derive(Deserialize)]
+struct Probe {
+    format: String,
+    version: u64,
 }
 
 impl Draft {
@@ -40,10 +48,10 @@ impl Draft {
         dir.join("index").join(NAME)
     }
 
-    /// The draft in `dir`, if there is one of this format.
+    /// The draft in `dir`, if there is one.
     ///
     /// # Errors
-    /// [`BankError::Json`], [`BankError::Io`].
+    /// [`BankError::Json`], [`BankError::Corrupt`], [`BankError::NewerVersion`], [`BankError::Io`].
     pub fn read(dir: &Path) -> Result<Option<Self>, BankError> {
         let path = Self::path(dir);
         let bytes = match fs::read(&path) {
@@ -51,8 +59,18 @@ impl Draft {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(BankError::Io { path, action: "read", source }),
         };
-        let draft: Self = serde_json::from_slice(&bytes).map_err(|source| BankError::Json { path, source })?;
-        Ok(Some(draft).filter(|draft| draft.format == FORMAT && draft.version == FORMAT_VERSION))
+        let json = |source| BankError::Json { path: path.clone(), source };
+        let probe: Probe = serde_json::from_slice(&bytes).map_err(json)?;
+        if probe.format != FORMAT {
+            return Err(BankError::corrupt(&path, 0, "format", FORMAT, probe.format));
+        }
+        if probe.version > u64::from(FORMAT_VERSION) {
+            let (what, found) = ("the draft", probe.version);
+            return Err(BankError::NewerVersion { path, what, found, supported: FORMAT_VERSION });
+        }
+        let draft: Self = serde_json::from_slice(&bytes).map_err(json)?;
+        draft.codec.files.values().try_for_each(|file| check_name(&path, &file.file))?;
+        Ok(Some(draft))
     }
 }
 
@@ -66,6 +84,7 @@ impl BankWriter {
         &self,
         description: &CodecDescription,
         files: &BTreeMap<String, Vec<u8>>,
+        trained_by: &str,
     ) -> Result<(), BankError> {
         if self.published.is_some() {
             return Ok(());
@@ -76,6 +95,7 @@ impl BankWriter {
             fingerprint: self.spec.fingerprint.clone(),
             embedder: self.spec.embedder.clone(),
             codec: CodecEntry { description: description.clone(), files: self.store_codec(files)? },
+            trained_by: trained_by.to_owned(),
         };
         let path = Draft::path(self.dir());
         let mut bytes = serde_json::to_vec_pretty(&draft).map_err(|source| BankError::Json { path, source })?;
@@ -87,7 +107,7 @@ impl BankWriter {
     pub(crate) fn store_codec(
         &self,
         files: &BTreeMap<String, Vec<u8>>,
-    ) -> Result<BTreeMap<String, crate::bank::manifest::FileEntry>, BankError> {
+    ) -> Result<BTreeMap<String, FileEntry>, BankError> {
         let dir = self.index_dir();
         let store =
             |(name, bytes): (&String, &Vec<u8>)| Ok((name.clone(), store(&*self.io, &dir, "codec", "faiss", bytes)?));

@@ -69,6 +69,15 @@ pub enum BankError {
         /// The folder.
         path: PathBuf,
     },
+    /// A folder that has published generations but no manifest.
+    #[error(
+        "{}: lost; copy the newest file of index/generations/ there, or compile into a new folder",
+        path.display()
+    )]
+    ManifestLost {
+        /// Where the manifest should be.
+        path: PathBuf,
+    },
     /// Another process writes this bank.
     #[error("{}: the bank is being written by {}; wait for it to finish or stop it", path.display(), holder(*pid))]
     Locked {
@@ -92,7 +101,7 @@ pub enum BankError {
     /// An interrupted run with other settings left shards that were never published.
     #[error(
         "{}: left by an interrupted run with other settings{}; give that run's settings to go on with it, \
-         compile into a new folder, or delete the files in shards/ to begin anew",
+         compile into a new folder, or move the shards that index/manifest.json does not list out of shards/",
         path.display(), if differences.is_empty() { String::new() } else { format!(": {}", list(differences)) }
     )]
     Unpublished {

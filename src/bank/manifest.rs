@@ -270,12 +270,7 @@ impl Manifest {
         self.record_layout(path)?;
         let shards = self.shards.iter().map(|shard| &shard.file);
         for name in self.index_files().into_iter().map(|(_, file)| &file.file).chain(shards) {
-            let plain = !name.is_empty()
-                && !name.starts_with('.')
-                && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
-            if !plain {
-                return Err(BankError::corrupt(path, 0, "file name", "letters, digits, '-', '_', '.'", name));
-            }
+            check_name(path, name)?;
         }
         let mut last = 0;
         for shard in &self.shards {
@@ -287,4 +282,15 @@ impl Manifest {
         }
         Ok(())
     }
+}
+
+/// A file name that cannot lead out of its folder.
+pub(crate) fn check_name(path: &Path, name: &str) -> Result<(), BankError> {
+    let plain = !name.is_empty()
+        && !name.starts_with('.')
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
+    if plain {
+        return Ok(());
+    }
+    Err(BankError::corrupt(path, 0, "file name", "letters, digits, '-', '_', '.'", name))
 }

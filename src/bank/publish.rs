@@ -92,6 +92,7 @@ impl BankWriter {
         if let Some(published) = &self.published {
             (manifest.generation, manifest.parent) = (published.generation, published.parent);
             if manifest == *published {
+                self.remove_draft();
                 self.refresh_fixed_names(&manifest, &index_dir);
                 self.catalog.close()?;
                 return Ok(manifest);

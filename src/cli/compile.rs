@@ -1,7 +1,7 @@
 //! `memory3 compile`: flags over settings, the run, its progress and its report.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -12,8 +12,9 @@ use clap::Args;
 use super::options::{self, BankArg, EmbedderArg, ModelArg};
 use super::progress::ProgressDisplay;
 use super::{Global, Outcome, output};
+use crate::bank::BankError;
 use crate::config::{ByteSize, Config};
-use crate::pipeline::{self, Progress, RunReport, StageReport, StopFlag};
+use crate::pipeline::{self, PipelineError, Progress, RunReport, StageReport, StopFlag};
 use crate::select::Score;
 
 /// Arguments of `memory3 compile`; each one left out keeps what `pipeline.toml` says.
@@ -123,7 +124,13 @@ pub fn run(global: &Global, args: &CompileArgs) -> anyhow::Result<Outcome> {
     if let Some(folder) = report_path.parent() {
         std::fs::create_dir_all(folder).with_context(report_error)?;
     }
-    let mut report_file = std::fs::File::create(&report_path).with_context(report_error)?;
+    let folder = report_path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let report_file = tempfile::NamedTempFile::new_in(folder).with_context(report_error)?;
+    let write_report = |mut file: tempfile::NamedTempFile, json: &str| -> anyhow::Result<()> {
+        file.write_all(json.as_bytes()).with_context(report_error)?;
+        file.persist(&report_path).with_context(report_error)?;
+        Ok(())
+    };
     let stop = stop_on_ctrl_c()?;
     let progress = Arc::new(Progress::default());
     let display = ProgressDisplay::start(Arc::clone(&progress), global.quiet);
@@ -132,22 +139,24 @@ pub fn run(global: &Global, args: &CompileArgs) -> anyhow::Result<Outcome> {
     let report = match result {
         Ok(report) => report,
         Err(error) => {
-            // Whoever reads the report must not find that of an earlier run, or none.
+            // Whoever reads the report must not find that of an earlier run; but that of a run under way stays.
+            let locked = matches!(error, PipelineError::Bank(BankError::Locked { .. }));
             let error = anyhow::Error::from(error);
-            let failed = FailedReport { version: env!("CARGO_PKG_VERSION"), error: output::describe(&error) };
-            let json = serde_json::to_string_pretty(&failed)? + "\n";
-            report_file.write_all(json.as_bytes()).with_context(report_error)?;
+            if !locked {
+                let failed = FailedReport { version: env!("CARGO_PKG_VERSION"), error: output::describe(&error) };
+                write_report(report_file, &(serde_json::to_string_pretty(&failed)? + "\n"))?;
+            }
             return Err(error);
         }
     };
 
     let json = serde_json::to_string_pretty(&report)? + "\n";
+    write_report(report_file, &json)?;
     if global.json {
         output::print(&json)?
     } else {
         output::print(&summary(&report, &config, &ledger))?
     }
-    report_file.write_all(json.as_bytes()).with_context(report_error)?;
     Ok(if report.stopped || report.documents.rejected > 0 { Outcome::Incomplete } else { Outcome::Done })
 }
 
@@ -253,7 +262,7 @@ fn summary(report: &RunReport, config: &Config, ledger: &std::path::Path) -> Str
         ByteSize(report.peak_memory_bytes)
     );
     for stage in &report.stages {
-        text += &format!("  {:<9} {:>9} busy{}\n", stage.name, seconds(stage.busy_seconds), rate_of(stage));
+        text += &format!("  {:<9} {:>9} of a core{}\n", stage.name, seconds(stage.busy_seconds), rate_of(stage));
     }
     if report.stopped {
         text += &match report.records_kept {

@@ -159,7 +159,8 @@ impl<'a> Inspection<'a> {
     fn shard_lines(&self) -> String {
         let line = |shard: &ShardEntry| {
             let (records, documents) = (output::thousands(shard.records), output::thousands(shard.documents));
-            let (number, bytes, blake3) = (shard.number, ByteSize(shard.bytes).to_string(), &shard.blake3[..12]);
+            let (number, bytes, blake3) =
+                (shard.number, ByteSize(shard.bytes).to_string(), shard.blake3.get(..12).unwrap_or(&shard.blake3));
             format!("shard {number:<6} {records:>9} records {documents:>9} documents {bytes:>12}  blake3 {blake3}\n")
         };
         self.shards.iter().map(line).collect()

@@ -115,8 +115,7 @@ fn message(progress: &Progress, phase: Phase, unit: &str) -> String {
     }
 }
 
-/// Chunks that each stage does in a second of its own time, for example `encode 51/s, quantize 900/s`: the smallest
-/// is what holds the others up.
+/// Chunks that each stage does in a second of a core, for example `encode 51/s, quantize 900/s`.
 fn stage_rates(progress: &Progress) -> String {
     let stages = [&progress.read, &progress.encode, &progress.quantize, &progress.embed, &progress.write];
     let rate = |meter: &StageMeter| {

@@ -76,7 +76,7 @@ pub enum CodecError {
         spec: String,
         /// Vectors given.
         available: usize,
-        /// Vectors that FAISS insists on.
+        /// Vectors that it takes at least.
         needed: usize,
     },
     /// A training vector that is not finite.

@@ -5,7 +5,7 @@
 //! here and no vector is looked at.
 //!
 //! A factory string has the parts `OPQ{m}_{d},Residual{M1}x{n1},PQ{M2}x{n2}`; OPQ and Residual may be left
-//! out. Sizes: `ceil(M1 n1 / 8) + ceil(M2 n2 / 8)` bytes a vector. FAISS needs at least as many training
+//! out. Sizes: `ceil(M1 n1 / 8) + ceil(M2 n2 / 8)` bytes a vector. There must be at least as many training
 //! vectors as the largest codebook has centroids (and 256 for OPQ); 39 for each centroid are advised.
 //!
 //! # What `auto` is
@@ -37,7 +37,7 @@ use std::str::FromStr;
 
 use super::CodecError;
 
-/// Training vectors for each centroid below which FAISS warns and held-out error grows.
+/// Training vectors for each centroid below which held-out error grows; FAISS warns there.
 pub const ADVISED_PER_CENTROID: usize = 39;
 
 /// Centroids of each codebook that an OPQ rotation is trained with, whatever follows it.
@@ -103,7 +103,7 @@ impl FactorySpec {
         self.level1.map_or(0, |level| level.code_bytes()) + self.level2.code_bytes()
     }
 
-    /// Training vectors below which FAISS refuses: one a centroid.
+    /// Training vectors below which no codec can be trained: one a centroid.
     pub fn minimum_vectors(&self) -> usize {
         self.largest_codebook().max(if self.opq.is_some() { OPQ_CENTROIDS } else { 1 })
     }
@@ -220,7 +220,7 @@ impl CodecSpec {
         }
     }
 
-    /// Training vectors that are worth collecting at most: FAISS uses 256 a centroid.
+    /// Training vectors that are worth collecting at most: 256 a centroid, as FAISS.
     pub fn useful_vectors(&self) -> usize {
         match self {
             Self::Bf16 => 0,
@@ -256,7 +256,7 @@ pub enum CodecChoice {
 impl CodecChoice {
     /// The codec to train, given the vectors there are, and a sentence where it is not quite what was asked for.
     ///
-    /// An explicit string is kept as long as FAISS can train it; below that the ladder of `auto` decides.
+    /// An explicit string is kept as long as it can be trained; below that the ladder of `auto` decides.
     ///
     /// # Errors
     /// [`CodecError::Unfit`] if an explicit string does not divide the head size.

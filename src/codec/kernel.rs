@@ -11,7 +11,7 @@
 //! multiply-add); the portable level rounds the product first and may differ in the last bit. A machine
 //! always takes the same level.
 //!
-//! This is the only file of the codec's arithmetic with `unsafe`: vector loads and stores, and the calls
+//! `unsafe` here, and in `screen`, is vector loads and stores, and the calls
 //! into the levels after the processor was asked for them.
 #![allow(unsafe_code)]
 

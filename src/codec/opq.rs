@@ -61,7 +61,11 @@ pub(super) fn train(
             }
         }
         // 3. the rotation that brings x nearest to y
-        rotation = orthonormal(&correlation(&y, &x, [d_out, d], level), [d_out, d]);
+        let mut wanted = correlation(&y, &x, [d_out, d], level);
+        // Directions without any weight (a dimension that never changes) stay as they are.
+        let size = wanted.iter().map(|value| value * value).sum::<f64>().sqrt().max(1e-30);
+        wanted.iter_mut().zip(&rotation).for_each(|(wanted, &now)| *wanted += 1e-6 * size * f64::from(now));
+        rotation = orthonormal(&wanted, [d_out, d]);
         done();
     }
     rotation.chunks_exact(d).flat_map(|row| &row[..d_in]).copied().collect()
@@ -122,7 +126,6 @@ fn orthonormal(m: &[f64], [rows, columns]: [usize; 2]) -> Vec<f32> {
     let mut gram: Vec<f64> = (0..rows * rows).map(|at| dot(row(at / rows), row(at % rows))).collect();
     let vectors = eigenvectors(&mut gram, rows);
     let largest = (0..rows).map(|i| gram[i * rows + i]).fold(0.0, f64::max);
-    // Directions without any weight stay as they are rather than grow without bound.
     let scale: Vec<f64> = (0..rows).map(|i| 1.0 / gram[i * rows + i].max(largest * 1e-14).max(1e-300).sqrt()).collect();
     // root = V diag(scale) V^T, result = root m
     let mut result = vec![0.0; rows * columns];
@@ -141,12 +144,14 @@ fn eigenvectors(a: &mut [f64], n: usize) -> Vec<f64> {
     let mut v = vec![0.0; n * n];
     (0..n).for_each(|i| v[i * n + i] = 1.0);
     for _ in 0..SWEEPS {
+        let mut turned = false;
         for p in 0..n {
             for q in p + 1..n {
                 let (app, aqq, apq) = (a[p * n + p], a[q * n + q], a[p * n + q]);
-                if apq.abs() <= 1e-18 * (app * aqq).abs().sqrt() {
+                if apq.abs() <= 1e-16 * (app * aqq).abs().sqrt() {
                     continue;
                 }
+                turned = true;
                 let theta = (aqq - app) / (2.0 * apq);
                 let t = theta.signum() / (theta.abs() + (theta * theta + 1.0).sqrt());
                 let c = 1.0 / (t * t + 1.0).sqrt();
@@ -163,6 +168,9 @@ fn eigenvectors(a: &mut [f64], n: usize) -> Vec<f64> {
                     (v[k * n + p], v[k * n + q]) = (c * x - s * y, s * x + c * y);
                 }
             }
+        }
+        if !turned {
+            break;
         }
     }
     v
@@ -187,7 +195,7 @@ fn random_rows(rows: usize, columns: usize) -> Vec<f32> {
         let number = (((z ^ (z >> 31)) >> 11) as f64 + 0.5) / (1_u64 << 53) as f64;
         number
     };
-    let gaussian = || (-2.0 * uniform().ln()).sqrt() * (std::f64::consts::TAU * uniform()).cos();
+    let gaussian = || (-2.0 * libm::log(uniform())).sqrt() * libm::cos(std::f64::consts::TAU * uniform());
     let m: Vec<f64> = std::iter::repeat_with(gaussian).take(rows * columns).collect();
     orthonormal(&m, [rows, columns])
 }
@@ -233,6 +241,14 @@ mod tests {
             let sum: f64 = (0..5000).map(|row| f64::from(y[row * 3 + i]) * f64::from(x[row * 4 + j])).sum();
             assert!((found - sum).abs() < 1e-3, "{found} {sum}");
         }
+    }
+
+    #[test]
+    fn dimensions_that_never_change_leave_the_rotation_whole() {
+        let mut vectors = testing::floats(34, 700 * 12);
+        vectors.iter_mut().skip(5).step_by(12).for_each(|x| *x = 3.5);
+        assert_orthonormal(&train(&vectors, [12, 12], 3, 5, Level::detect(), &|| ()), 12);
+        assert_orthonormal(&train(&[0.25; 700 * 12], [12, 12], 3, 5, Level::detect(), &|| ()), 12);
     }
 
     #[test]

@@ -277,6 +277,7 @@ pub(super) fn nearest(screen: &Screen, rows: Rows<'_>, found: &mut [u32], mut ot
     let mut best = [Best { scores: [0.0; BUNDLE], firsts: [0; BUNDLE] }; GROUPS * ROWS];
     let mut hits: Vec<(usize, usize)> = Vec::new();
     // Rows of about the same size share a scale; those that are not finite come last.
+    debug_assert!(found.len() <= BLOCK, "a key holds the number of a row of one block");
     let mut keys: Vec<u32> = Vec::with_capacity(found.len());
     for i in 0..found.len() {
         let bits = rows.row(i, depth).iter().fold(0, |most, value| value.abs().to_bits().max(most));

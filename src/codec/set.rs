@@ -175,8 +175,8 @@ impl CodecSet {
         self.encode_memories(std::slice::from_ref(memory), shape, codes);
     }
 
-    /// Appends the codes of many memories, one after the other. All vectors of the batch are spread over rayon's
-    /// threads together; the bytes are those of encoding each memory on its own.
+    /// Appends the codes of many memories, one after the other; the bytes are those of encoding each on its own. The
+    /// vectors of more than a few chunks are spread over rayon's threads.
     ///
     /// # Panics
     /// If a memory does not have the shape.

@@ -1,12 +1,12 @@
 //! Training a codec: the OPQ rotation, then each level's codebooks, on vectors that are given.
 //!
-//! In: a [`CodecSpec`] and f32 vectors. Out: a [`Codec`], and so the file that FAISS would have written.
+//! In: a [`CodecSpec`] and f32 vectors. Out: a [`Codec`], and so a file in FAISS's format.
 //! Always holds: the same vectors in the same order give the same bytes, on any number of threads.
 //!
 //! The steps are those of FAISS's own `train` of the whole index: a rotation, then for each part of each level an
 //! independent k-means (25 rounds, at most 256 vectors a centroid). They run on this program's kernels (`opq.rs`,
 //! `kmeans.rs`): FAISS's training is several times slower at these shapes, and reproducible on one thread only. The
-//! bench `codec` compares time and error.
+//! bench `training` compares time and error.
 
 use rayon::prelude::*;
 
@@ -19,7 +19,7 @@ use super::opq;
 use super::sample::TrainingSample;
 use super::{Codec, CodecError, CodecSet, Scope};
 
-/// Vectors a centroid beyond which FAISS draws a sample.
+/// Vectors a centroid beyond which more gain nothing: FAISS's limit.
 const MOST_PER_CENTROID: usize = 256;
 
 /// How long to train.

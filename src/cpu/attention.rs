@@ -1,10 +1,14 @@
-//! Attention of one key-value head, for chunks and texts short enough that all logits of a head fit the cache.
+//! Attention of one key-value head.
 //!
-//! In: keys, values and queries of one head, as rows. Out: a row for each query. Logits are a product with the packed keys,
-//! the result is a product of the weights with the packed values; between them each row becomes a softmax in place.
+//! In: keys, values and queries of one head, as rows. Out: a row for each query. Logits are a product with the packed
+//! keys, the result is a product of the weights with the packed values; between them each row becomes a softmax in
+//! place, some hundred queries at a time, so that the logits stay in the cache.
 
 use super::math;
 use super::product::{Format, PackedMatrix, Rows};
+
+/// Queries whose logits are held at a time.
+const QUERIES: usize = 256;
 
 /// Which keys a query sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,8 +30,10 @@ pub struct Keys {
 }
 
 impl Keys {
-    /// Packs `count` keys and values of width `dim`, given row by row.
+    /// Packs `count` keys and values of width `dim`, given row by row. In bf16 the queries and the softmax's weights are
+    /// rounded too, when they meet them.
     pub fn new<'a>(
+        format: Format,
         count: usize,
         dim: usize,
         key: impl Fn(usize) -> &'a [f32],
@@ -41,13 +47,13 @@ impl Keys {
             }
         }
         Self {
-            keys: PackedMatrix::from_rows(Format::F32, count, dim, key),
-            values: PackedMatrix::new(Format::F32, &turned, dim, count),
+            keys: PackedMatrix::from_rows(format, count, dim, key),
+            values: PackedMatrix::new(format, &turned, dim, count),
         }
     }
 
     /// What `count` queries, whose logits are multiplied by `scale`, find: row i goes to `out[i * stride..][..dim]`.
-    /// `logits` and `found` are room that is kept between calls.
+    /// `room` is kept between calls.
     pub fn attend(
         &self,
         queries: Rows<'_>,
@@ -58,16 +64,20 @@ impl Keys {
         (out, stride): (&mut [f32], usize),
     ) {
         let (keys, dim) = (self.keys.columns(), self.values.columns());
-        let logits = grown(&mut room.logits, count * keys);
-        self.keys.multiply(queries, logits);
-        math::softmax_rows(logits, keys, scale, |query| match mask {
-            Mask::None => keys,
-            Mask::Causal { first } => first + query + 1,
-        });
-        let found = grown(&mut room.found, count * dim);
-        self.values.multiply(Rows { data: logits, stride: keys }, found);
-        for (row, found) in out.chunks_mut(stride).zip(found.chunks_exact(dim)) {
-            row[..dim].copy_from_slice(found);
+        for start in (0..count).step_by(QUERIES) {
+            let queries = Rows { data: &queries.data[start * queries.stride..], ..queries };
+            let count = (count - start).min(QUERIES);
+            let logits = grown(&mut room.logits, count * keys);
+            self.keys.multiply(queries, logits);
+            math::softmax_rows(logits, keys, scale, |query| match mask {
+                Mask::None => keys,
+                Mask::Causal { first } => first + start + query + 1,
+            });
+            let found = grown(&mut room.found, count * dim);
+            self.values.multiply(Rows { data: logits, stride: keys }, found);
+            for (row, found) in out[start * stride..].chunks_mut(stride).zip(found.chunks_exact(dim)) {
+                row[..dim].copy_from_slice(found);
+            }
         }
     }
 }
@@ -124,7 +134,7 @@ mod tests {
             let (v, q) = rest.split_at(keys * dim);
             let q = &q[..count * dim];
             let mask = if causal { Mask::Causal { first } } else { Mask::None };
-            let packed = Keys::new(keys, dim, |at| &k[at * dim..][..dim], |at| &v[at * dim..][..dim]);
+            let packed = Keys::new(Format::F32, keys, dim, |at| &k[at * dim..][..dim], |at| &v[at * dim..][..dim]);
             let mut out = vec![f32::NAN; count * (dim + 3)];
             let rows = Rows { data: q, stride: dim };
             packed.attend(rows, count, 0.5, mask, &mut Room::default(), (&mut out, dim + 3));

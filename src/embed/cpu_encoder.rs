@@ -26,6 +26,8 @@ pub(super) struct CpuEncoder {
     intermediate: usize,
     eps: f32,
     pooling: Pooling,
+    /// What rows and weights are multiplied in.
+    format: Format,
 }
 
 struct Norm {
@@ -92,6 +94,7 @@ impl CpuEncoder {
             intermediate: config.intermediate_size,
             eps,
             pooling,
+            format,
         })
     }
 
@@ -102,6 +105,10 @@ impl CpuEncoder {
 
     fn forward_in(&self, scratch: &mut Scratch, text: &TextTokens, pooled: &mut [f32]) {
         let (m, dim) = (text.ids.len(), self.dim);
+        if m == 0 {
+            // A tokenizer without special tokens gives an empty text none.
+            return pooled.fill(0.0);
+        }
         let Scratch { x, query_key_value, attended, inner, room } = scratch;
         let (x, query_key_value) = (grown(x, m * dim), grown(query_key_value, m * 3 * dim));
         let (attended, inner) = (grown(attended, m * dim), grown(inner, m * self.intermediate));
@@ -153,7 +160,7 @@ impl CpuEncoder {
         let (dim, head_dim) = (self.dim, self.dim / self.heads);
         for head in 0..self.heads {
             let part = |part: usize, at: usize| &query_key_value[(at * 3 + part) * dim + head * head_dim..][..head_dim];
-            let keys = Keys::new(m, head_dim, |at| part(1, at), |at| part(2, at));
+            let keys = Keys::new(self.format, m, head_dim, |at| part(1, at), |at| part(2, at));
             let rows = Rows { data: &query_key_value[head * head_dim..], stride: 3 * dim };
             keys.attend(rows, queries, 1.0, Mask::None, room, (&mut attended[head * head_dim..], dim));
         }

@@ -139,6 +139,7 @@ mod tests {
                 let device = Default::default();
                 let alone = CpuEmbedder::load(opened(name, &options), DType::F32).unwrap();
                 let padded = PaddedEmbedder::<Flex>::load(opened(name, &options), &device).unwrap();
+                assert_eq!(alone.fingerprint(), padded.fingerprint(), "{name}");
                 let one = alone.embed(&texts).unwrap();
                 let two = padded.embed(&texts).unwrap();
                 for (index, (one, two)) in one.iter().zip(&two).enumerate() {

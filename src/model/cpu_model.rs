@@ -2,7 +2,7 @@
 //!
 //! In: token ids. Out: queries, keys and values of each layer. The same arithmetic as `decoder.rs`, whose notes on what
 //! runs and what does not hold here too; but on plain rows, with weights packed once for [`crate::cpu`]'s products, and
-//! without a tensor in between. Norms, RoPE, softmax and residual are f32 whatever the weights are held in.
+//! without a tensor in between. Norms, RoPE, softmax, selection and residual are f32 whatever is multiplied in bf16.
 
 use std::cell::RefCell;
 use std::path::Path;
@@ -54,6 +54,8 @@ pub struct DenseLayer {
 /// A loaded model with its prefix.
 pub struct CpuModel {
     pub(super) setup: Setup,
+    /// What rows and weights are multiplied in.
+    format: Format,
     /// `[token id][d]`
     embed_tokens: Vec<f32>,
     /// The layers below the last memory layer.
@@ -147,7 +149,8 @@ impl CpuModel {
             v: Vec::new(),
         };
         drop(reader);
-        let mut model = Self { setup, embed_tokens, layers, last, cache: Vec::new(), prefix, fingerprint, loaded };
+        let mut model =
+            Self { setup, format, embed_tokens, layers, last, cache: Vec::new(), prefix, fingerprint, loaded };
         model.run_prefix();
         Ok(model)
     }
@@ -266,7 +269,7 @@ impl CpuModel {
             // 3. attention over prefix and chunk, output projection, residual
             rope.rotate(q, widths[0]);
             let behind = self.cache.get(number).map(|(k, v)| (&k[..], &v[..]));
-            attend(config, m, q, (k_rotated, v), behind, room, attended);
+            attend(config, self.format, m, q, (k_rotated, v), behind, room, attended);
             layer.o_proj.multiply(Rows { data: attended, stride: widths[0] }, normed);
             math::add(x, normed);
             // 4. norm, MLP, residual
@@ -313,8 +316,10 @@ impl LastLayer {
 }
 
 /// Causal attention of rotated queries over prefix and chunk: `[token][head][dim]`.
+#[allow(clippy::too_many_arguments)] // one step of the forward pass, with its buffers
 fn attend(
     config: &ModelConfig,
+    format: Format,
     m: usize,
     q: &[f32],
     (k, v): (&[f32], &[f32]),
@@ -335,7 +340,8 @@ fn attend(
             &rows[start..start + dim]
         }
         let start = |at: usize| at * stride + kv_head * dim;
-        let keys = Keys::new(r + m, dim, |at| row(prefix_k, k, start(at), dim), |at| row(prefix_v, v, start(at), dim));
+        let keys =
+            Keys::new(format, r + m, dim, |at| row(prefix_k, k, start(at), dim), |at| row(prefix_v, v, start(at), dim));
         for head in kv_head * group..(kv_head + 1) * group {
             let queries = Rows { data: &q[head * dim..], stride: config.num_attention_heads * dim };
             let out = &mut attended[head * dim..];

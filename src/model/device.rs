@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 /// The device that runs a model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Device {
-    /// The CPU, through burn's `flex` backend.
+    /// The CPU.
     #[default]
     Cpu,
     /// The NVIDIA GPU with this number; needs the cargo feature `cuda`.
@@ -22,7 +22,7 @@ pub enum DType {
     /// 32-bit floats: the reference.
     #[default]
     F32,
-    /// bfloat16, for GPUs.
+    /// bfloat16: half the memory; faster on GPUs, and on CPUs with AVX-512 BF16.
     Bf16,
 }
 

@@ -123,9 +123,7 @@ pub enum ModelError {
         vocabulary: usize,
     },
     /// The forward pass gave infinite numbers or NaN.
-    #[error(
-        "chunk {chunk} of the batch: values of memory layer {layer} are not finite; check the weights, or use --dtype f32"
-    )]
+    #[error("values of memory layer {layer} are not finite; check the weights, or use --dtype f32")]
     NotFinite {
         /// Index in the batch.
         chunk: usize,

@@ -21,7 +21,7 @@ use crate::fingerprint::Fingerprint;
 pub struct LoadedSize {
     /// Parameters of all tensors that run.
     pub parameters: u64,
-    /// Their bytes in the device's number format.
+    /// Their bytes if all were in the device's number format; on the CPU, embeddings, norms and biases stay f32.
     pub bytes: u64,
 }
 

@@ -2,8 +2,8 @@
 //!
 //! [`open`] loads the writing side of a Hugging Face directory (`config.rs`, `weights.rs`), computes the prefix, and
 //! gives a [`MemoryEncoder`]. The forward pass is `cpu_model.rs` on the CPU, and `decoder.rs`, generic over burn's
-//! backends, on GPUs, where `memory_model.rs` joins it with weights, positions and prefix; `encoder.rs` selects and gathers. Nothing here knows about text, codecs or files
-//! of a bank.
+//! backends, on GPUs, where `memory_model.rs` joins it with weights, positions and prefix; `encoder.rs` selects and
+//! gathers. Nothing here knows about text, codecs or files of a bank.
 
 mod config;
 mod cost_shape;

@@ -71,6 +71,8 @@ pub struct Totals {
 /// A chunk without a record yet.
 struct NewChunk {
     document: Arc<Origin>,
+    /// Number of the chunk in the document, from 0.
+    ordinal: usize,
     content: ContentHash,
     tokens: Vec<u32>,
     text: String,
@@ -239,7 +241,7 @@ impl Stages<'_> {
         let origin = Arc::new(Origin { id: document.id.clone(), source: document.source });
         let mut row = FinishedDocument { id: document.id, text_hash, chunks: Vec::with_capacity(chunks.len()) };
         let mut new = 0u64;
-        for chunk in chunks {
+        for (ordinal, chunk) in chunks.into_iter().enumerate() {
             let content = ContentHash::of_tokens(&chunk.tokens);
             totals.chunks.total += 1;
             totals.tokens += chunk.tokens.len() as u64;
@@ -258,7 +260,7 @@ impl Stages<'_> {
             let lengths = Lengths { chunk: chunk.tokens.len(), kept: self.encoder.shape().slots, ..Lengths::default() };
             totals.flop += cost::write_flop(self.model_shape, &lengths);
             let text = document.text[chunk.span].to_owned();
-            batch.chunks.push(NewChunk { document: Arc::clone(&origin), content, tokens: chunk.tokens, text });
+            batch.chunks.push(NewChunk { document: Arc::clone(&origin), ordinal, content, tokens: chunk.tokens, text });
             batch.events.push(Event::Chunk);
             // A long document is many batches: its row comes with the last, when all its records are there.
             if batch.chunks.len() >= self.batch_chunks && !send(batch) {
@@ -281,7 +283,10 @@ impl Stages<'_> {
     fn encode(&self, batch: Batch) -> Result<Work<Vec<Memory>>, PipelineError> {
         let chunks: Vec<&[u32]> = batch.chunks.iter().map(|chunk| chunk.tokens.as_slice()).collect();
         let named = |first: usize, source: ModelError| match source.chunk() {
-            Some(chunk) => PipelineError::Encode { origin: Arc::clone(&batch.chunks[first + chunk].document), source },
+            Some(chunk) => {
+                let NewChunk { document, ordinal, .. } = &batch.chunks[first + chunk];
+                PipelineError::Encode { origin: Arc::clone(document), chunk: *ordinal, source }
+            }
             None => source.into(),
         };
         let made = on_all(&self.progress.encode, &chunks, self.encoder.chunks_per_call(), |first, chunks| {

@@ -88,7 +88,7 @@ fn the_codec_of_an_interrupted_first_run_is_kept_until_it_is_published() {
     let docs = corpus(19, 60);
     let dir = tempfile::tempdir().unwrap();
     let writer = begin(dir.path(), &spec(30));
-    writer.keep_codec(&input().codec, &input().codec_files).unwrap();
+    writer.keep_codec(&input().codec, &input().codec_files, "made up").unwrap();
     assert!(push(writer, &docs, Stop::FinishAfter(40)).unwrap().is_none());
     let draft = Draft::read(dir.path()).unwrap().unwrap();
     assert_eq!((&draft.fingerprint, &draft.codec.description), (&spec(30).fingerprint, &input().codec));
@@ -99,12 +99,12 @@ fn the_codec_of_an_interrupted_first_run_is_kept_until_it_is_published() {
     compile(whole.path(), &docs, &spec(30));
     assert_same_files(whole.path(), dir.path());
     let writer = begin(dir.path(), &spec(30));
-    writer.keep_codec(&input().codec, &input().codec_files).unwrap();
+    writer.keep_codec(&input().codec, &input().codec_files, "made up").unwrap();
     assert!(Draft::read(dir.path()).unwrap().is_none(), "a published bank needs no draft");
 }
 
 #[test]
-fn a_damaged_leftover_is_removed_with_what_follows_it() {
+fn a_damaged_leftover_is_set_aside_with_what_follows_it() {
     let docs = corpus(15, 100);
     let dir = tempfile::tempdir().unwrap();
     assert!(push(begin(dir.path(), &spec(30)), &docs, Stop::DropAfter(100)).unwrap().is_none());
@@ -117,6 +117,10 @@ fn a_damaged_leftover_is_removed_with_what_follows_it() {
     let writer = begin(dir.path(), &spec(30));
     assert_eq!(writer.startup().adopted_records, 30);
     assert!(writer.startup().removed.iter().any(|(_, reason)| matches!(reason, Refusal::Damaged(_))));
+    let aside: Vec<_> =
+        files(dir.path()).into_keys().filter(|name| name.to_string_lossy().ends_with(".aside")).collect();
+    assert!(aside.len() >= 2, "the damaged shard and the sound one behind it: {aside:?}");
+    aside.iter().for_each(|name| fs::remove_file(dir.path().join(name)).unwrap());
     push(writer, &docs, Stop::Never).unwrap().unwrap().publish(input()).unwrap();
     let whole = tempfile::tempdir().unwrap();
     compile(whole.path(), &docs, &spec(30));

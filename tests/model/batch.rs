@@ -101,9 +101,13 @@ fn padded_batches_select_what_exact_chunks_select() {
         for score in [Score::Softmax, Score::Exp] {
             let spec = MemorySpec { score, ..MemorySpec::default() };
             let exact = CpuModel::load(&dir(family), &PREFIX, &spec, DType::F32).unwrap();
-            let exact = ExactEncoder::new(exact).encode(&slices(&chunks)).unwrap();
+            let exact = ExactEncoder::new(exact);
+            let exact_fingerprint = exact.fingerprint().clone();
+            let exact = exact.encode(&slices(&chunks)).unwrap();
             let padded = MemoryModel::<Flex>::load(&dir(family), &PREFIX, &spec, &Default::default()).unwrap();
-            let padded = PaddedEncoder::new(padded, 3).encode(&slices(&chunks)).unwrap();
+            let padded = PaddedEncoder::new(padded, 3);
+            assert_eq!(&exact_fingerprint, padded.fingerprint(), "{family}: a bank is of one model, whatever runs it");
+            let padded = padded.encode(&slices(&chunks)).unwrap();
             for (chunk, (exact, padded)) in exact.iter().zip(&padded).enumerate() {
                 let what = format!("{family}, {score}, chunk {chunk}");
                 assert_eq!((exact.count, &exact.tokens), (padded.count, &padded.tokens), "{what}");
