@@ -3,16 +3,16 @@
 //! In: rows, a start or none. Out: centroids. Always holds: the same rows give the same centroids, on any number of
 //! threads: a row's nearest centroid depends on nothing else, and a mean is summed in the rows' order.
 //!
-//! Lloyd's algorithm as FAISS runs it: started from sampled rows, a fixed number of rounds, and a cluster that loses its
-//! last row takes half of the largest one. FAISS's own compares distances that a general matrix product has written to
+//! Lloyd's algorithm: started from sampled rows, a fixed number of rounds; a cluster that loses its last row begins anew
+//! at the farthest row of a large one. FAISS's own compares distances that a general matrix product has written to
 //! memory, on this program's shapes at a fraction of the speed, and is reproducible on one thread only.
 
 use rayon::prelude::*;
 
 use super::kernel::{self, BLOCK, Level, Rows, Table};
 
-/// How far the two halves of a split cluster stand apart, relative to its centroid; FAISS's constant.
-const SPLIT: f32 = 1.0 / 1024.0;
+/// Rows whose squared distance from their centroid is below this share of its square are as good as equal to it.
+const LEAST: f32 = 1e-5;
 
 /// Rows to cluster: `depth` floats of each.
 #[derive(Clone, Copy)]
@@ -61,7 +61,7 @@ fn move_to_means(points: Points<'_>, found: &[u32], centroids: &mut [f32]) {
     for &cluster in found {
         ends[cluster as usize + 1] += 1;
     }
-    let mut sizes: Vec<usize> = ends[1..].to_vec();
+    let sizes: Vec<usize> = ends[1..].to_vec();
     for cluster in 0..count {
         ends[cluster + 1] += ends[cluster];
     }
@@ -83,20 +83,30 @@ fn move_to_means(points: Points<'_>, found: &[u32], centroids: &mut [f32]) {
         #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)] // a mean of f32 is an f32
         centroid.iter_mut().zip(sums).for_each(|(mean, sum)| *mean = (sum / members.len() as f64) as f32);
     });
-    for empty in 0..count {
-        if sizes[empty] > 0 {
-            continue;
-        }
-        // The first of the largest: which one matters little, but it must not depend on chance.
-        let Some(largest) = (0..count).rev().max_by_key(|&cluster| sizes[cluster]) else { return };
-        (sizes[empty], sizes[largest]) = (sizes[largest] / 2, sizes[largest].div_ceil(2));
-        for at in 0..points.depth {
-            let value = centroids[largest * points.depth + at];
-            let step = if at.is_multiple_of(2) { SPLIT } else { -SPLIT };
-            centroids[empty * points.depth + at] = value * (1.0 + step);
-            centroids[largest * points.depth + at] = value * (1.0 - step);
-        }
+    // The largest clusters give their farthest row, each at most once in a round. Clusters of equal rows have none to
+    // give, and half of such a cluster beside the other would be nothing but a tie.
+    let mut largest: Vec<usize> = (0..count).filter(|&cluster| sizes[cluster] > 1).collect();
+    largest.sort_by_key(|&cluster| (std::cmp::Reverse(sizes[cluster]), cluster));
+    let mut givers = largest.into_iter().filter_map(|cluster| {
+        let centroid = centroids[cluster * points.depth..][..points.depth].to_vec();
+        farthest(points, &order[ends[cluster]..ends[cluster + 1]], &centroid)
+    });
+    let mut moved = Vec::new();
+    for empty in (0..count).filter(|&cluster| sizes[cluster] == 0) {
+        let Some(row) = givers.next() else { break };
+        moved.push((empty, row));
     }
+    for (empty, row) in moved {
+        centroids[empty * points.depth..][..points.depth].copy_from_slice(points.row(row));
+    }
+}
+
+/// The member farthest from the centroid, unless all are next to it.
+fn farthest(points: Points<'_>, members: &[usize], centroid: &[f32]) -> Option<usize> {
+    let square = |row: &[f32]| row.iter().map(|x| x * x).sum::<f32>();
+    let distance = |row: usize| points.row(row).iter().zip(centroid).map(|(a, b)| (a - b) * (a - b)).sum::<f32>();
+    let (row, most) = members.iter().map(|&row| (row, distance(row))).max_by(|a, b| a.1.total_cmp(&b.1))?;
+    (most > LEAST * square(centroid)).then_some(row)
 }
 
 #[cfg(test)]
@@ -138,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn clusters_that_run_empty_take_from_the_largest() {
+    fn clusters_that_run_empty_begin_anew_at_far_rows() {
         let data: Vec<f32> = (0..64_u8).flat_map(|i| [f32::from(i % 4), 1.0]).collect();
         let points = Points { rows: Rows { data: &data, stride: 2, offset: 0 }, depth: 2 };
         let mut centroids = vec![0.0; 8 * 2]; // all equal: only the first gets rows
