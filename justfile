@@ -20,3 +20,7 @@ quick:
 # The GPU build (several minutes); runs on a machine without CUDA too, until --device cuda:N is asked for
 cuda:
     cargo build --release --locked --features cuda
+
+# A bank of 400 000 records, for figures: too long for `check`
+scale:
+    cargo test --locked --test suite scale -- --ignored --nocapture

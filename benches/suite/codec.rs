@@ -3,14 +3,18 @@
 //! Codebooks and rotation are random: time does not depend on their values as far as the plain search goes, and no code
 //! is easier to find than another. Vectors are nearly normal.
 
-use memory3::codec::factory::{PAPER, SplitSpec, auto_spec};
-use memory3::codec::{Codebooks, Codec, CodecParts, FactorySpec, Rotation};
+use memory3::codec::FactorySpec;
+use memory3::codec::factory::{PAPER, auto_spec};
 
 use super::measure::{Effort, Turns};
 use super::numbers::Numbers;
 use super::peak;
 use super::peer::Peer;
 use super::report::Table;
+
+#[path = "../../tests/codec/random.rs"]
+#[allow(dead_code)] // the tests use more of it
+mod random;
 
 /// Vectors of one call.
 const CALL: usize = 1000;
@@ -32,7 +36,7 @@ pub fn run(effort: Effort) -> Table {
 
 fn case(table: &mut Table, effort: Effort, spec: &FactorySpec, dim: usize, seed: u64) {
     let calls = effort.choose(20, 1);
-    let codec = random_codec(spec, dim, seed);
+    let codec = random::random_codec(*spec, dim, seed);
     let peer = Peer::load(&codec);
     let vectors = Numbers::new(seed + 100).normals(calls * CALL * dim, 1.2);
     let size = codec.code_bytes();
@@ -82,26 +86,4 @@ fn case(table: &mut Table, effort: Effort, spec: &FactorySpec, dim: usize, seed:
             ("decode_x_faiss", Some(rates[decode].ratio(&rates[their_decode]))),
         ],
     );
-}
-
-/// Random codebooks, and a random rotation: a product of reflections.
-fn random_codec(spec: &FactorySpec, dim: usize, seed: u64) -> Codec {
-    let mut numbers = Numbers::new(seed);
-    let rotation = spec.opq.map(|_| {
-        let mut matrix: Vec<f32> = (0..dim * dim).map(|at| f32::from(u8::from(at / dim == at % dim))).collect();
-        for _ in 0..3 {
-            let v = numbers.normals(dim, 1.0);
-            let norm: f32 = v.iter().map(|value| value * value).sum();
-            for row in matrix.chunks_exact_mut(dim) {
-                let dot: f32 = row.iter().zip(&v).map(|(a, b)| a * b).sum();
-                row.iter_mut().zip(&v).for_each(|(a, b)| *a -= 2.0 * dot * b / norm);
-            }
-        }
-        Rotation { d_in: dim, d_out: dim, matrix, bias: vec![] }
-    });
-    let mut codebooks =
-        |split: SplitSpec, scale| Codebooks { dim, split, centroids: numbers.normals(split.centroids() * dim, scale) };
-    let level1 = spec.level1.map(|split| codebooks(split, 1.0));
-    let level2 = codebooks(spec.level2, 0.6);
-    Codec::from_parts(*spec, CodecParts { rotation, level1, level2 })
 }

@@ -7,7 +7,8 @@ use faiss::index::IndexImpl;
 use memory3::codec::Codec;
 use memory3::codec::factory::auto_spec;
 
-use super::{Numbers, assert_close, assert_codes_agree, decode, encode, random_codec};
+use super::random::{Numbers, random_codec};
+use super::{assert_close, assert_codes_agree, decode, encode};
 
 /// Vectors for each call of `sa_encode`, which allocates a distance table for all of them.
 const CALL: usize = 1000;
@@ -62,7 +63,7 @@ fn timed<T>(work: impl FnOnce() -> T) -> (T, Duration) {
 /// Also prints how fast either side is on one thread: `cargo test --test suite codec::peer -- --nocapture`.
 fn compare(spec: &str, dim: usize, seed: u64) {
     const N: u16 = 20_000;
-    let codec = random_codec(spec, dim, seed);
+    let codec = random_codec(spec.parse().unwrap(), dim, seed);
     let vectors = Numbers(seed + 1).normals(usize::from(N) * dim, 1.2);
     let peer = Peer::load(&codec);
     let one_thread = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
@@ -100,7 +101,7 @@ fn the_papers_codec_at_full_size_gives_the_codes_of_the_linked_faiss() {
 
 #[test]
 fn damaged_codes_decode_to_finite_vectors() {
-    let codec = random_codec("OPQ4_24,Residual2x5,PQ4x7", 24, 3);
+    let codec = random_codec("OPQ4_24,Residual2x5,PQ4x7".parse().unwrap(), 24, 3);
     let codes: Vec<u8> = (0..codec.code_bytes() * 256).map(|i| u8::try_from(i * 37 % 256).unwrap()).collect();
     assert!(decode(&codec, &codes).iter().all(|value| value.is_finite()));
 }

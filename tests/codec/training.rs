@@ -5,7 +5,8 @@ use memory3::codec::train::{TrainOptions, train};
 use memory3::codec::{Codec, CodecSpec};
 
 use super::peer::{Peer, train_whole};
-use super::{Numbers, assert_close, assert_codes_agree, decode, encode};
+use super::random::Numbers;
+use super::{assert_close, assert_codes_agree, decode, encode};
 
 /// Vectors around 50 centres.
 fn clustered(n: usize, dim: usize, seed: u64) -> Vec<f32> {
