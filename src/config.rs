@@ -112,6 +112,10 @@ pub struct BankConfig {
     pub path: PathBuf,
     /// Records of one shard.
     pub records_per_shard: u32,
+    /// A compile that would make more than this share of the documents vanish is refused.
+    pub max_shrink: f64,
+    /// Generations that stay on disk, the published one included.
+    pub keep_generations: u32,
 }
 
 /// Section `[run]`.
@@ -180,7 +184,7 @@ impl Default for RetrievalConfig {
 impl Default for BankConfig {
     fn default() -> Self {
         // 8 192 records of the paper's shape are 320 MB: the most that a killed run repeats.
-        Self { path: PathBuf::from("."), records_per_shard: 8192 }
+        Self { path: PathBuf::from("."), records_per_shard: 8192, max_shrink: 0.1, keep_generations: 4 }
     }
 }
 
@@ -288,6 +292,9 @@ impl Config {
             &self.bank.records_per_shard,
             "choose 1 or more",
         )?;
+        let (shrink, keep) = (self.bank.max_shrink, self.bank.keep_generations);
+        check((0.0..=1.0).contains(&shrink), "bank.max_shrink", &shrink, "choose 0 to 1")?;
+        check(keep > 0, "bank.keep_generations", &keep, "choose 1 or more")?;
         check(
             (1..=4096).contains(&self.run.batch_chunks),
             "run.batch_chunks",

@@ -9,16 +9,19 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 mod codec_training;
+mod plan;
 mod progress;
 mod report;
 mod stages;
 mod survey;
 
+pub use plan::{Mode, Plan};
 pub use progress::{Phase, Progress, StageMeter, StopFlag};
 pub use report::{BankReport, ChunkCounts, DocumentCounts, RunReport, StageReport};
 
 use crate::bank::{
-    self, BankError, BankLock, BankShape, BankSpec, BankWriter, DiskIo, Draft, Manifest, PublishInput, RetrievalSpec,
+    self, BankEditor, BankError, BankLock, BankShape, BankSpec, BankWriter, DiskIo, Draft, Leftovers, Manifest,
+    NewVectors, PublishInput, RetrievalSpec,
 };
 use crate::codec::{CodecError as CodecFault, CodecSet};
 use crate::config::Config;
@@ -29,6 +32,7 @@ use crate::memory::ContentHash;
 use crate::model::{self, DType, Device, MemoryEncoder, MemorySpec, ModelConfig, ModelError, ParseDeviceError};
 use codec_training::{ChosenCodec, TrainingPlan};
 use stages::{Stages, Totals};
+use survey::Surveyor;
 
 /// Why a compile could not finish.
 #[derive(Debug, thiserror::Error)]
@@ -73,14 +77,32 @@ pub enum PipelineError {
         /// What the system said.
         source: std::io::Error,
     },
-    /// The bank holds this document with another text.
+    /// The bank's retrieval vectors were made by another text encoder.
     #[error(
-        "{origin} has changed since the bank was published, and this version cannot replace documents yet; \
-         compile into a new folder with --bank"
+        "{}: its retrieval vectors were made by another text encoder: {}; name that one with --embedder, or make the \
+         vectors anew with `memory3 compile --re-embed` (nothing is encoded again)",
+        path.display(), differences.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
     )]
-    Changed {
-        /// The document.
-        origin: Arc<Origin>,
+    OtherEmbedder {
+        /// The bank's manifest.
+        path: PathBuf,
+        /// Each field that differs.
+        differences: Vec<FieldDifference>,
+    },
+    /// More documents would vanish than the settings allow.
+    #[error("{reason}; nothing was changed")]
+    Shrink {
+        /// How many, some of them, and what to do.
+        reason: String,
+    },
+    /// Only `compile` may replace documents, and an interrupted one has begun to.
+    #[error(
+        "{}: an interrupted compile has left documents that replace others, and append only adds; \
+         give the compile command again to finish it", bank.display()
+    )]
+    Unfinished {
+        /// The bank.
+        bank: PathBuf,
     },
     /// The model cannot encode a document.
     #[error("{origin}, chunk {chunk}: {source}")]
@@ -137,12 +159,24 @@ struct Opened {
     dtype: DType,
 }
 
+/// What a run is to do with the corpus.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Task {
+    /// What the bank is to become.
+    pub mode: Mode,
+    /// Stop after the plan, and publish nothing.
+    pub dry_run: bool,
+    /// If the bank's retrieval vectors were made by another text encoder, make them anew first.
+    pub re_embed: bool,
+}
+
 /// Compiles the corpus that `config` names into its bank; rejected documents are listed in `ledger_path`.
 ///
 /// # Errors
 /// What cannot be opened, encoded or written; the bank's published generation stays what it was.
 pub fn compile(
     config: &Config,
+    task: Task,
     ledger_path: &Path,
     progress: &Progress,
     stop: &StopFlag,
@@ -157,49 +191,85 @@ pub fn compile(
         factory => RetrievalSpec::Factory(factory.to_owned()),
     };
     retrieval.check(opened.embedder.dim())?;
+    let lock = if task.re_embed { re_embed(config, &opened, lock, progress)? } else { lock };
     let bank_codec = settled_codec(config, &opened)?;
     tell_skipped(&opened.corpus);
-    let mut ledger = create_ledger(ledger_path)?;
+    // A bank whose codec is settled may have documents already; another has none.
+    let (lock, mut writer) = match &bank_codec {
+        Some(codec) => (None, Some(begin(config, &opened, codec, lock)?)),
+        None => (Some(lock), None),
+    };
+    if let Some(writer) = &writer
+        && task.mode == Mode::Append
+        && writer.adopted_replaces()?
+    {
+        return Err(PipelineError::Unfinished { bank: config.bank.path.clone() });
+    }
 
-    // 2. Count the corpus and sample its chunks.
+    // 2. Count the corpus, look it up in the bank, and sample its chunks.
     progress.enter(Phase::Survey);
-    let sample_chunks = if bank_codec.is_some() { 0 } else { opened.plan.sample_chunks() };
-    let sampler = opened.plan.sampler(1);
     let max_chunks = config.corpus.max_chunks;
+    let surveyor = Surveyor {
+        corpus: &opened.corpus,
+        chunker: &opened.chunker,
+        max_chunks,
+        mode: task.mode,
+        sampler: &opened.plan.sampler(1),
+        sample_size: if bank_codec.is_some() { 0 } else { opened.plan.sample_chunks() },
+        progress,
+        stop,
+    };
     let survey_started = Instant::now();
-    let survey = survey::survey(&opened.corpus, &opened.chunker, max_chunks, &sampler, sample_chunks, progress, stop)?;
+    let survey = surveyor.survey(writer.as_mut())?;
     progress.survey.add(usize::try_from(survey.chunks).unwrap_or(usize::MAX), survey_started.elapsed());
-
-    if survey.documents == 0 && !stop.is_set() {
+    let mut run = Run { opened: &opened, progress, started, plan: Plan::default(), codec: None };
+    if stop.is_set() {
+        return Ok(run.stopped(Totals::default(), None));
+    }
+    run.plan = Plan::new(&survey, writer.as_ref(), task.mode, config.bank.max_shrink, max_chunks)?;
+    // Set once a run.
+    let _ = progress.plan.set(run.plan.clone());
+    if task.dry_run {
+        return Ok(run.planned());
+    }
+    if survey.documents() == 0 {
+        let mut ledger = create_ledger(ledger_path)?;
         survey::reject_all(&opened.corpus, &opened.chunker, &mut ledger)?;
         ledger.finish()?;
         return Err(PipelineError::NothingToCompile { read: survey.read, ledger: ledger_path.to_owned() });
     }
+    if let Some(reason) = run.plan.refused {
+        return Err(PipelineError::Shrink { reason });
+    }
+    tell_plan(&run.plan);
+    let mut ledger = create_ledger(ledger_path)?;
 
     // 3. The codec: the bank's own, or one trained on the sample.
     let codec = match bank_codec {
         Some(codec) => Some(codec),
-        None if stop.is_set() => None,
         None => opened.plan.train(&*opened.encoder, &survey.sample, survey.chunks, progress, stop)?,
     };
-    drop(survey.sample);
-    let Some(codec) = codec else {
-        return Ok(report(&opened, None, Totals::default(), progress, started, None, None));
-    };
+    drop(survey);
+    let Some(codec) = codec else { return Ok(run.stopped(Totals::default(), None)) };
     if let Some(note) = &codec.note {
         tracing::warn!("{note}");
     }
+    run.codec = Some(&codec);
 
     // 4. The stages.
     progress.enter(Phase::Compile);
-    let writer = BankWriter::begin_locked(lock, bank_spec(config, &opened, &codec.set), Arc::new(DiskIo))?;
+    let writer = match (writer, lock) {
+        (Some(writer), _) => writer,
+        (None, Some(lock)) => begin(config, &opened, &codec, lock)?,
+        (None, None) => begin(config, &opened, &codec, BankLock::acquire(&config.bank.path)?)?,
+    };
     writer.keep_codec(&codec.description(), &codec.set.files(), &config.codec.to_string())?;
-    tell_startup(&writer);
     let (kept_before, writer) = (writer.startup().adopted_records, Mutex::new(writer));
     let stages = Stages {
         corpus: &opened.corpus,
         chunker: &opened.chunker,
         max_chunks,
+        mode: task.mode,
         batch_chunks: config.run.batch_chunks,
         encoder: &*opened.encoder,
         codec: &codec.set,
@@ -226,7 +296,7 @@ pub fn compile(
     if stop.is_set() {
         writer.finish_shard_now()?;
         let kept = kept_before + totals.chunks.encoded;
-        return Ok(report(&opened, Some(&codec), totals, progress, started, Some(kept), None));
+        return Ok(run.stopped(totals, Some(kept)));
     }
 
     // 5. Publish.
@@ -236,14 +306,50 @@ pub fn compile(
         codec_files: codec.set.files(),
         prefix: opened.encoder.prefix().to_safetensors_bytes()?,
         retrieval,
-        tombstones: Vec::new(),
+        tombstones: std::mem::take(&mut run.plan.dead),
         quality: std::collections::BTreeMap::new(),
+        keep_generations: config.bank.keep_generations,
     };
     let records = usize::try_from(writer.records()).unwrap_or(usize::MAX);
     let manifest = progress.publish.measure(records, || writer.publish(input))?;
     progress.enter(Phase::Done);
-    let bank = BankReport::of(&manifest);
-    Ok(report(&opened, Some(&codec), totals, progress, started, None, Some(bank)))
+    Ok(run.published(totals, &manifest))
+}
+
+/// Rewrites the shards of the bank with vectors of the opened text encoder, unless it made those that are there.
+fn re_embed(config: &Config, opened: &Opened, lock: BankLock, progress: &Progress) -> Result<BankLock, PipelineError> {
+    let dir = &config.bank.path;
+    let manifest = match Manifest::read(dir) {
+        Ok(manifest) => manifest,
+        Err(BankError::NotABank { .. }) => return Ok(lock),
+        Err(error) => return Err(error.into()),
+    };
+    let (embedder, dim) = (opened.embedder.fingerprint(), opened.embedder.dim());
+    let differences = manifest.fingerprint.differences(&asked(config, opened, &manifest.fingerprint));
+    if !differences.is_empty() {
+        return Err(BankError::Fingerprint { path: Manifest::path(dir), differences }.into());
+    }
+    if manifest.embedder == *embedder {
+        return Ok(lock);
+    }
+    tracing::info!("making the retrieval vectors of {} records anew", manifest.counts.records);
+    let mut embed = |texts: &[&str]| {
+        let made = stages::on_all(&progress.embed, texts, opened.embedder.texts_per_call(), |_, texts| {
+            Ok(opened.embedder.embed(texts)?)
+        });
+        made.map_err(|error| error.to_string().into())
+    };
+    let editor = BankEditor::open_locked(lock, Arc::new(DiskIo), config.bank.keep_generations)?;
+    let vectors = NewVectors { embedder: embedder.clone(), dim, embed: &mut embed };
+    editor.re_embed(vectors, config.bank.records_per_shard, Leftovers::Refuse)?;
+    Ok(BankLock::acquire(dir)?)
+}
+
+/// Opens the bank for writing.
+fn begin(config: &Config, opened: &Opened, codec: &ChosenCodec, lock: BankLock) -> Result<BankWriter, PipelineError> {
+    let writer = BankWriter::begin_locked(lock, bank_spec(config, opened, &codec.set), Arc::new(DiskIo))?;
+    tell_startup(&writer);
+    Ok(writer)
 }
 
 fn open(config: &Config) -> Result<Opened, PipelineError> {
@@ -290,6 +396,11 @@ fn model_fingerprint(config: &Config, opened: &Opened) -> Fingerprint {
         .with("chunk_tokens", config.corpus.chunk_tokens)
 }
 
+/// What a bank's fingerprint should say of this run, its codec taken for granted.
+fn asked(config: &Config, opened: &Opened, bank: &Fingerprint) -> Fingerprint {
+    model_fingerprint(config, opened).with("codec", bank.get("codec").unwrap_or_default().to_owned())
+}
+
 fn bank_spec(config: &Config, opened: &Opened, codec: &CodecSet) -> BankSpec {
     BankSpec {
         shape: BankShape {
@@ -325,10 +436,12 @@ fn settled_codec(config: &Config, opened: &Opened) -> Result<Option<ChosenCodec>
     };
     let (fingerprint, embedder, codec) = settled;
     let description = &codec.description;
-    let asked =
-        model_fingerprint(config, opened).with("codec", fingerprint.get("codec").unwrap_or_default().to_owned());
-    let mut differences = fingerprint.differences(&asked);
-    differences.extend(embedder.differences_of("embedder", opened.embedder.fingerprint()));
+    let mut differences = fingerprint.differences(&asked(config, opened, &fingerprint));
+    let other_vectors = embedder.differences_of("embedder", opened.embedder.fingerprint());
+    if published && differences.is_empty() && !other_vectors.is_empty() {
+        return Err(PipelineError::OtherEmbedder { path, differences: other_vectors });
+    }
+    differences.extend(other_vectors);
     let wanted = [
         // A codec that was replaced for want of text is replaced again.
         ("codec.spec", &description.spec, opened.plan.named_codec().filter(|_| description.fallback.is_none())),
@@ -399,32 +512,63 @@ fn tell_startup(writer: &BankWriter) {
     }
 }
 
-fn report(
-    opened: &Opened,
-    codec: Option<&ChosenCodec>,
-    totals: Totals,
-    progress: &Progress,
+/// Says what the run is going to do, and why.
+fn tell_plan(plan: &Plan) {
+    tracing::info!("plan: {plan}");
+    for note in &plan.notes {
+        tracing::warn!("{note}");
+    }
+}
+
+/// What a report is made of, as far as it is known.
+struct Run<'a> {
+    opened: &'a Opened,
+    progress: &'a Progress,
     started: Instant,
-    records_kept: Option<u64>,
-    bank: Option<BankReport>,
-) -> RunReport {
-    RunReport {
-        version: env!("CARGO_PKG_VERSION"),
-        device: format!("{} {}", opened.device, opened.dtype),
-        skipped_files: opened.corpus.skipped(),
-        documents: totals.documents,
-        chunks: totals.chunks,
-        tokens: totals.tokens,
-        codec: codec.map(ChosenCodec::summary),
-        codec_note: codec.and_then(|codec| codec.note.clone()),
-        codec_error: codec.and_then(|codec| codec.quality),
-        seconds: started.elapsed().as_secs_f64(),
-        stages: report::stage_reports(progress),
-        encode_tflop: totals.flop / 1e12,
-        cpu_seconds: report::cpu_seconds(),
-        peak_memory_bytes: report::peak_memory_bytes(),
-        stopped: bank.is_none(),
-        records_kept,
-        bank,
+    plan: Plan,
+    codec: Option<&'a ChosenCodec>,
+}
+
+impl Run<'_> {
+    /// The report of a run that was to stop after its plan.
+    fn planned(self) -> RunReport {
+        RunReport { stopped: false, ..self.report(Totals::default(), None, None) }
+    }
+
+    /// The report of a run that was stopped; `kept`: records that are safe.
+    fn stopped(self, totals: Totals, kept: Option<u64>) -> RunReport {
+        self.report(totals, kept, None)
+    }
+
+    /// The report of a run that was published.
+    fn published(self, totals: Totals, manifest: &Manifest) -> RunReport {
+        self.report(totals, None, Some(BankReport::of(manifest)))
+    }
+
+    fn report(self, totals: Totals, records_kept: Option<u64>, bank: Option<BankReport>) -> RunReport {
+        let Self { opened, progress, started, plan, codec } = self;
+        let mut documents = totals.documents;
+        (documents.vanished, documents.kept) = (plan.vanished, plan.kept);
+        RunReport {
+            version: env!("CARGO_PKG_VERSION"),
+            device: format!("{} {}", opened.device, opened.dtype),
+            skipped_files: opened.corpus.skipped(),
+            plan,
+            documents,
+            chunks: totals.chunks,
+            tokens: totals.tokens,
+            codec: codec.map(ChosenCodec::summary),
+            codec_note: codec.and_then(|codec| codec.note.clone()),
+            codec_error: codec.and_then(|codec| codec.quality),
+            seconds: started.elapsed().as_secs_f64(),
+            stages: report::stage_reports(progress),
+            encode_tflop: totals.flop / 1e12,
+            saved_seconds: report::saved_seconds(progress, &totals.chunks),
+            cpu_seconds: report::cpu_seconds(),
+            peak_memory_bytes: report::peak_memory_bytes(),
+            stopped: bank.is_none(),
+            records_kept,
+            bank,
+        }
     }
 }

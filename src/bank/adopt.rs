@@ -9,16 +9,19 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::bank::documents::Use;
 use crate::bank::error::BankError;
 use crate::bank::io::{Io, hash_file};
 use crate::bank::layout::SectionKind;
 use crate::bank::lock::BankLock;
 use crate::bank::manifest::{Manifest, ShardEntry};
+use crate::bank::rewrite::{Leftovers, sweep_copies};
 use crate::bank::shard::Shard;
 use crate::bank::shard_writer::{part_name, shard_name};
 use crate::bank::tombstones::Tombstones;
 use crate::bank::writer::BankSpec;
 use crate::fingerprint::FieldDifference;
+use crate::memory::RecordId;
 
 /// What a writer found at its start.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -40,6 +43,8 @@ pub enum Refusal {
     Unfinished,
     /// A shard before it is missing or was removed, or it is the beginning of a shard that is finished.
     Gap,
+    /// Its documents use records that the bank no longer has: it followed a generation that was left by a rollback.
+    Dangling,
     /// It is damaged.
     Damaged(String),
 }
@@ -49,6 +54,7 @@ impl std::fmt::Display for Refusal {
         match self {
             Self::Unfinished => f.write_str("it was never finished"),
             Self::Gap => f.write_str("it does not follow the last shard, and it was never published"),
+            Self::Dangling => f.write_str("its documents use records that the bank no longer has"),
             Self::Damaged(reason) => write!(f, "it is damaged and was never published: {reason}"),
         }
     }
@@ -77,6 +83,11 @@ pub(crate) fn survey(lock: &BankLock, spec: &BankSpec, io: &dyn Io) -> Result<Su
     for folder in [&shards_dir, &generations_dir] {
         io.create_dir(folder).map_err(BankError::io(folder, "create"))?;
     }
+    // A file is as durable as the folders above it.
+    let above = dir.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    for folder in [above, dir, &index_dir] {
+        io.sync_dir(folder).map_err(BankError::io(folder, "sync"))?;
+    }
     let published = match Manifest::read(dir) {
         Ok(manifest) => Some(manifest),
         Err(BankError::NotABank { .. }) => None,
@@ -92,6 +103,7 @@ pub(crate) fn survey(lock: &BankLock, spec: &BankSpec, io: &dyn Io) -> Result<Su
         startup: Startup::default(),
     };
     if let Some(manifest) = published {
+        sweep_copies(io, dir, &manifest)?;
         refuse_other_settings(&Manifest::path(dir), &manifest, spec)?;
         for entry in &manifest.shards {
             found.shards.insert(entry.number, open_published(&shards_dir, entry, spec)?);
@@ -125,6 +137,43 @@ pub(crate) fn read_tombstones(dir: &Path, manifest: &Manifest) -> Result<Tombsto
     Ok(tombstones)
 }
 
+/// Removes what an interrupted change of a published bank has left and nobody can use. What an interrupted compile has
+/// left stays.
+pub(crate) fn sweep(io: &dyn Io, dir: &Path, manifest: &Manifest) -> Result<(), BankError> {
+    sweep_copies(io, dir, manifest)?;
+    for folder in [dir.join("index"), dir.join("index/generations"), dir.join("shards")] {
+        for name in names(&folder)?.iter().filter(|name| name.ends_with(".tmp")) {
+            remove(io, folder.join(name), Refusal::Unfinished, &mut Startup::default())?;
+        }
+    }
+    Ok(())
+}
+
+/// Gives the shards that an interrupted compile has left another name.
+///
+/// # Errors
+/// [`BankError::UnpublishedWork`] if they are to stay.
+pub(crate) fn set_aside_unpublished(
+    io: &dyn Io,
+    dir: &Path,
+    manifest: &Manifest,
+    leftovers: Leftovers,
+) -> Result<(), BankError> {
+    let shards_dir = dir.join("shards");
+    let unpublished = |name: &String| parse_name(name).is_some_and(|(number, _)| number >= manifest.next_shard);
+    let files: Vec<String> = names(&shards_dir)?.into_iter().filter(unpublished).collect();
+    if files.is_empty() {
+        return Ok(());
+    }
+    if leftovers == Leftovers::Refuse {
+        return Err(BankError::UnpublishedWork { path: shards_dir, files });
+    }
+    for name in files {
+        set_aside(io, shards_dir.join(name), Refusal::Gap, &mut Startup::default())?;
+    }
+    io.sync_dir(&shards_dir).map_err(BankError::io(&shards_dir, "sync"))
+}
+
 /// Takes over the unpublished shards and removes those that do not fit.
 fn adopt(shards_dir: &Path, spec: &BankSpec, io: &dyn Io, found: &mut Survey) -> Result<(), BankError> {
     let mut leftovers: Vec<(u32, bool, String)> = names(shards_dir)?
@@ -145,6 +194,10 @@ fn adopt(shards_dir: &Path, spec: &BankSpec, io: &dyn Io, found: &mut Survey) ->
             continue;
         }
         let shard = match check(&path, number)? {
+            Ok(shard) if dangles(&shard, &found.shards)? => {
+                set_aside(io, path, Refusal::Dangling, &mut found.startup)?;
+                continue;
+            }
             Ok(shard) => shard,
             Err(refusal) => {
                 set_aside(io, path, refusal, &mut found.startup)?;
@@ -195,6 +248,16 @@ fn check(path: &Path, number: u32) -> Result<Result<Shard, Refusal>, BankError> 
         }
     }
     Ok(Ok(shard))
+}
+
+/// Do its documents use a record that is neither in it nor in the shards before it?
+fn dangles(shard: &Shard, before: &BTreeMap<u32, Shard>) -> Result<bool, BankError> {
+    let missing = |entry: &Use| {
+        let record = RecordId::from_u64(entry[0]);
+        let home = if record.shard == shard.number() { Some(shard) } else { before.get(&record.shard) };
+        home.is_none_or(|home| record.slot >= home.records())
+    };
+    Ok(shard.uses()?.iter().any(missing))
 }
 
 fn open_published(shards_dir: &Path, entry: &ShardEntry, spec: &BankSpec) -> Result<Shard, BankError> {
@@ -260,7 +323,7 @@ fn remove(io: &dyn Io, path: PathBuf, refusal: Refusal, startup: &mut Startup) -
 }
 
 /// Shard number of a file name, and whether it is a `.part`.
-fn parse_name(name: &str) -> Option<(u32, bool)> {
+pub(crate) fn parse_name(name: &str) -> Option<(u32, bool)> {
     let number: u32 = name.split('.').next()?.parse().ok()?;
     match name {
         _ if name == shard_name(number) => Some((number, false)),
@@ -279,7 +342,7 @@ pub fn has_shards(dir: &Path) -> Result<bool, BankError> {
 }
 
 /// File names of a folder, sorted.
-fn names(dir: &Path) -> Result<Vec<String>, BankError> {
+pub(crate) fn names(dir: &Path) -> Result<Vec<String>, BankError> {
     let mut names = Vec::new();
     for entry in fs::read_dir(dir).map_err(BankError::io(dir, "list"))? {
         let entry = entry.map_err(BankError::io(dir, "list"))?;

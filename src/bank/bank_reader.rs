@@ -1,17 +1,20 @@
 //! Opens a published bank and reads from it.
 //!
 //! Comes in: a folder. Goes out: records, documents, search hits. What always holds: a [`Bank`] is one generation,
-//! the one that was published when it was opened; later publications do not change it. It takes no lock and writes
-//! nothing. Codes stay codes: decoding is `codec`'s, which gets its files from [`Bank::codec_files`].
+//! the one that was published when it was opened; later publications do not change it, not even one that removes its
+//! files, because it has them all open. It takes no lock and writes nothing. Codes stay codes: decoding is `codec`'s, which gets its files from [`Bank::codec_files`].
 
 use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::bank::adopt::{open_listed, read_tombstones};
 use crate::bank::documents::{DocumentRow, RowId, use_ordinal, use_row};
 use crate::bank::error::BankError;
-use crate::bank::manifest::Manifest;
+use crate::bank::io::name_of_open;
+use crate::bank::manifest::{FileEntry, Manifest};
 use crate::bank::retrieval::{RetrievalIndex, SearchParams};
 use crate::bank::shard::{RecordRef, Shard};
 use crate::bank::tombstones::Tombstones;
@@ -24,6 +27,8 @@ pub struct Bank {
     manifest: Manifest,
     shards: BTreeMap<u32, Shard>,
     tombstones: Tombstones,
+    /// The files of the folder `index`, by name; those that are missing are missed when they are asked for.
+    files: BTreeMap<String, File>,
     retrieval: OnceLock<RetrievalIndex>,
     loading: Mutex<()>,
 }
@@ -53,7 +58,22 @@ impl Bank {
     /// [`BankError::NotABank`], [`BankError::NewerVersion`], [`BankError::Corrupt`], [`BankError::Json`],
     /// [`BankError::Io`].
     pub fn open(dir: &Path) -> Result<Self, BankError> {
-        let manifest = Manifest::read(dir)?;
+        let mut manifest = Manifest::read(dir)?;
+        loop {
+            let opened = Self::open_generation(dir, manifest.clone());
+            if opened.as_ref().is_ok_and(|bank| bank.files.len() == manifest.file_names()) {
+                return opened;
+            }
+            // A writer may have published twice since the manifest was read, and removed what it named.
+            let now = Manifest::read(dir)?;
+            if now.generation == manifest.generation {
+                return opened;
+            }
+            manifest = now;
+        }
+    }
+
+    fn open_generation(dir: &Path, manifest: Manifest) -> Result<Self, BankError> {
         let path = Manifest::path(dir);
         let mut shards = BTreeMap::new();
         for entry in &manifest.shards {
@@ -73,11 +93,22 @@ impl Bank {
         }
         let tombstones = read_tombstones(dir, &manifest)?;
         manifest.record_layout(&path)?;
+        let mut files = BTreeMap::new();
+        for (_, entry) in manifest.index_files() {
+            match File::open(dir.join("index").join(&entry.file)) {
+                Ok(file) => drop(files.insert(entry.file.clone(), file)),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(source) => {
+                    return Err(BankError::io(&dir.join("index").join(&entry.file), "open")(source));
+                }
+            }
+        }
         Ok(Self {
             dir: dir.to_owned(),
             manifest,
             shards,
             tombstones,
+            files,
             retrieval: OnceLock::new(),
             loading: Mutex::new(()),
         })
@@ -212,7 +243,11 @@ impl Bank {
         let guard = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
         if self.retrieval.get().is_none() {
             let entry = &self.manifest.retrieval;
-            let index = RetrievalIndex::open(&self.dir.join("index").join(&entry.file.file), entry)?;
+            let path = self.dir.join("index").join(&entry.file.file);
+            let index = match self.files.get(&entry.file.file) {
+                Some(file) => RetrievalIndex::open_file(&path, file, entry)?,
+                None => RetrievalIndex::open(&path, entry)?,
+            };
             // Nobody else sets it: the guard is held.
             let _ = self.retrieval.set(index);
         }
@@ -225,7 +260,8 @@ impl Bank {
     /// # Errors
     /// [`BankError::Corrupt`], [`BankError::Io`].
     pub fn codec_files(&self) -> Result<BTreeMap<String, Vec<u8>>, BankError> {
-        self.manifest.codec.read_files(&self.dir)
+        let read = |(name, entry): (&String, &FileEntry)| Ok((name.clone(), self.read(entry)?));
+        self.manifest.codec.files.iter().map(read).collect()
     }
 
     /// The safetensors file with the prefix's keys and values, checked against the manifest.
@@ -233,7 +269,14 @@ impl Bank {
     /// # Errors
     /// [`BankError::Corrupt`], [`BankError::Io`].
     pub fn prefix(&self) -> Result<Vec<u8>, BankError> {
-        self.manifest.prefix.read(&self.dir)
+        self.read(&self.manifest.prefix)
+    }
+
+    /// The bytes of a file of the folder `index`, checked against its entry.
+    fn read(&self, entry: &FileEntry) -> Result<Vec<u8>, BankError> {
+        let Some(file) = self.files.get(&entry.file) else { return entry.read(&self.dir) };
+        let path = self.dir.join("index").join(&entry.file);
+        entry.check(&path, fs::read(name_of_open(file, &path)).map_err(BankError::io(&path, "read"))?)
     }
 
     fn score(&self, record: RecordId, query: &[f32]) -> Result<f32, BankError> {

@@ -31,10 +31,10 @@ pub(crate) struct Catalog {
     documents: sled::Tree,
     /// Shard number -> its BLAKE3 in hexadecimal.
     shards: sled::Tree,
-    /// Document id -> the last run that has seen it.
+    /// Document id -> the last pass that has seen it.
     seen: sled::Tree,
-    /// Number of this run.
-    run: [u8; 8],
+    /// Number of this pass over the corpus.
+    pass: [u8; 8],
 }
 
 impl Catalog {
@@ -80,12 +80,18 @@ impl Catalog {
         };
         let (contents, documents) = (tree("contents")?, tree("documents")?);
         let (shards, seen) = (tree("shards")?, tree("seen")?);
-        let run = db.generate_id().map_err(|source| BankError::Catalog {
-            path: path.to_owned(),
-            action: "number the run in",
-            source,
-        })?;
-        Ok(Self { path: path.to_owned(), db, contents, documents, shards, seen, run: run.to_le_bytes() })
+        let mut catalog = Self { path: path.to_owned(), db, contents, documents, shards, seen, pass: [0; 8] };
+        catalog.begin_pass()?;
+        Ok(catalog)
+    }
+
+    /// Begins a pass over the corpus: no document id is noted yet.
+    ///
+    /// # Errors
+    /// [`BankError::Catalog`].
+    pub(crate) fn begin_pass(&mut self) -> Result<(), BankError> {
+        self.pass = self.db.generate_id().map_err(self.error("number the pass in"))?.to_le_bytes();
+        Ok(())
     }
 
     /// Was it built from exactly these shards (number and BLAKE3 in hexadecimal)?
@@ -161,13 +167,21 @@ impl Catalog {
         Ok(place.map(|place| RowId { shard: place.shard, row: place.slot }))
     }
 
-    /// Notes that this run has seen a document id; false if it had before.
+    /// Notes that this pass has seen a document id; false if it had before.
     ///
     /// # Errors
     /// [`BankError::Catalog`].
     pub(crate) fn note(&self, id: &str) -> Result<bool, BankError> {
-        let before = self.seen.insert(id.as_bytes(), &self.run).map_err(self.error("write"))?;
-        Ok(before.is_none_or(|run| *run != self.run))
+        let before = self.seen.insert(id.as_bytes(), &self.pass).map_err(self.error("write"))?;
+        Ok(before.is_none_or(|pass| *pass != self.pass))
+    }
+
+    /// Has this pass noted a document id?
+    ///
+    /// # Errors
+    /// [`BankError::Catalog`].
+    pub(crate) fn is_noted(&self, id: &str) -> Result<bool, BankError> {
+        Ok(self.seen.get(id.as_bytes()).map_err(self.error("read"))?.is_some_and(|pass| *pass == self.pass))
     }
 
     /// Entries: contents and documents.

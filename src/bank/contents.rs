@@ -29,7 +29,7 @@ impl Bank {
     /// # Errors
     /// [`BankError::Codec`] if it does not fit the manifest; [`BankError::Corrupt`], [`BankError::Io`].
     pub fn codec(&self) -> Result<CodecSet, BankError> {
-        self.manifest().codec.open(self.dir(), &Manifest::path(self.dir()), self.shape())
+        self.manifest().codec.make(self.codec_files()?, &Manifest::path(self.dir()), self.shape())
     }
 }
 
@@ -40,11 +40,20 @@ impl CodecEntry {
     /// # Errors
     /// As [`Bank::codec`].
     pub fn open(&self, dir: &Path, named_in: &Path, shape: MemoryShape) -> Result<CodecSet, BankError> {
+        self.make(self.read_files(dir)?, named_in, shape)
+    }
+
+    fn make(
+        &self,
+        files: BTreeMap<String, Vec<u8>>,
+        named_in: &Path,
+        shape: MemoryShape,
+    ) -> Result<CodecSet, BankError> {
         let description = &self.description;
         let broken = |source: CodecError| BankError::Codec { path: named_in.to_owned(), source };
         let scope = description.scope.parse().map_err(broken)?;
         let MemoryShape { layers, head_dim, .. } = shape;
-        let set = CodecSet::from_files(self.read_files(dir)?, &description.spec, scope, head_dim, layers);
+        let set = CodecSet::from_files(files, &description.spec, scope, head_dim, layers);
         let set = set.map_err(broken)?;
         if set.code_bytes() as u64 == description.code_bytes {
             return Ok(set);
@@ -69,10 +78,15 @@ impl FileEntry {
     pub fn read(&self, dir: &Path) -> Result<Vec<u8>, BankError> {
         let path = dir.join("index").join(&self.file);
         let bytes = fs::read(&path).map_err(BankError::io(&path, "read"))?;
+        self.check(&path, bytes)
+    }
+
+    /// These bytes, if they are what this entry promises.
+    pub(crate) fn check(&self, path: &Path, bytes: Vec<u8>) -> Result<Vec<u8>, BankError> {
         let hash = blake3::hash(&bytes).to_hex();
         if hash.as_str() == self.blake3 {
             return Ok(bytes);
         }
-        Err(BankError::corrupt(&path, 0, "file BLAKE3", &self.blake3, hash))
+        Err(BankError::corrupt(path, 0, "file BLAKE3", &self.blake3, hash))
     }
 }

@@ -92,15 +92,15 @@ impl BankWriter {
         let draft = Draft {
             format: FORMAT.to_owned(),
             version: FORMAT_VERSION,
-            fingerprint: self.spec.fingerprint.clone(),
-            embedder: self.spec.embedder.clone(),
+            fingerprint: self.spec().fingerprint.clone(),
+            embedder: self.spec().embedder.clone(),
             codec: CodecEntry { description: description.clone(), files: self.store_codec(files)? },
             trained_by: trained_by.to_owned(),
         };
         let path = Draft::path(self.dir());
         let mut bytes = serde_json::to_vec_pretty(&draft).map_err(|source| BankError::Json { path, source })?;
         bytes.push(b'\n');
-        write_file(&*self.io, &self.index_dir(), NAME, &bytes)
+        write_file(&*self.io, &self.dir().join("index"), NAME, &bytes)
     }
 
     /// Stores the codec's files under names made of their content.
@@ -108,7 +108,7 @@ impl BankWriter {
         &self,
         files: &BTreeMap<String, Vec<u8>>,
     ) -> Result<BTreeMap<String, FileEntry>, BankError> {
-        let dir = self.index_dir();
+        let dir = self.dir().join("index");
         let store =
             |(name, bytes): (&String, &Vec<u8>)| Ok((name.clone(), store(&*self.io, &dir, "codec", "faiss", bytes)?));
         files.iter().map(store).collect()

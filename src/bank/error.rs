@@ -28,7 +28,7 @@ pub enum BankError {
     /// Bytes that are not what the format says.
     #[error(
         "{}: damaged at byte {offset}: {what}: expected {expected}, found {found}; \
-         restore the file from a copy, or compile into a new folder",
+         restore the file from a copy, or run `memory3 repair`",
         path.display()
     )]
     Corrupt {
@@ -139,8 +139,8 @@ pub enum BankError {
         /// What was passed.
         found: String,
     },
-    /// A document id that the bank has already.
-    #[error("document {id:?}: already in the bank (shard {shard}, row {row}); give the document another id")]
+    /// A document that the bank has already with the same text.
+    #[error("document {id:?}: already in the bank with this text (shard {shard}, row {row}); it need not be written")]
     DuplicateDocument {
         /// The document's id.
         id: String,
@@ -148,6 +148,83 @@ pub enum BankError {
         shard: u32,
         /// Its row.
         row: u32,
+    },
+    /// Documents that the bank does not have.
+    #[error(
+        "{}: no such document: {}; nothing was removed; check the ids, or pass --ignore-missing",
+        path.display(), some(ids)
+    )]
+    NoDocument {
+        /// The bank.
+        path: PathBuf,
+        /// Their ids.
+        ids: Vec<String>,
+    },
+    /// More documents would go than the settings allow.
+    #[error(
+        "{}: {removed} of {documents} documents would go ({}), more than bank.max_shrink = {limit} allows; \
+         nothing was changed; check the ids, or pass --allow-shrink",
+        path.display(), some(examples)
+    )]
+    Shrink {
+        /// The bank.
+        path: PathBuf,
+        /// Documents that would go.
+        removed: u64,
+        /// Documents that there are.
+        documents: u64,
+        /// The share that may go.
+        limit: f64,
+        /// Some ids.
+        examples: Vec<String>,
+    },
+    /// A generation whose files are not all there as they were.
+    #[error(
+        "{}: generation {generation} is not whole: missing or damaged: {}; nothing was changed; \
+         choose another generation (`memory3 generations`) or restore these files",
+        path.display(), some(files)
+    )]
+    NotWhole {
+        /// The bank.
+        path: PathBuf,
+        /// The generation.
+        generation: u64,
+        /// The files.
+        files: Vec<String>,
+    },
+    /// An interrupted compile left shards that would be in the way.
+    #[error(
+        "{}: an interrupted compile has left shards that are not published: {}; \
+         give its command again to finish it, or pass --set-aside to give them up",
+        path.display(), some(files)
+    )]
+    UnpublishedWork {
+        /// The folder of the shards.
+        path: PathBuf,
+        /// The shards.
+        files: Vec<String>,
+    },
+    /// Other retrieval vectors could not be made.
+    #[error("{}: its texts cannot be embedded: {source}; the published generation stays", path.display())]
+    Embed {
+        /// The shard.
+        path: PathBuf,
+        /// What the text encoder said.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A generation that is not kept.
+    #[error(
+        "{}: generation {generation} is not kept, these are: {}; `memory3 generations` lists them",
+        path.display(), kept.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+    )]
+    NoGeneration {
+        /// The bank.
+        path: PathBuf,
+        /// The generation that was asked for.
+        generation: u64,
+        /// Those that there are.
+        kept: Vec<u64>,
     },
     /// FAISS refused.
     #[error("{}: cannot {action}: {source}; check the factory string and that the file is whole", path.display())]
@@ -244,6 +321,15 @@ impl BankError {
 
 fn holder(pid: Option<u32>) -> String {
     pid.map_or_else(|| "another process".to_owned(), |pid| format!("process {pid}"))
+}
+
+/// At most eight of many names.
+fn some(names: &[String]) -> String {
+    let mut text = names.iter().take(8).cloned().collect::<Vec<_>>().join(", ");
+    if names.len() > 8 {
+        text += &format!(" and {} more", names.len() - 8);
+    }
+    text
 }
 
 fn list(differences: &[FieldDifference]) -> String {

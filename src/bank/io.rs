@@ -7,7 +7,7 @@
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::bank::error::BankError;
 use crate::bank::manifest::FileEntry;
@@ -141,6 +141,20 @@ pub(crate) fn store(
 /// The name of a content-addressed file.
 pub(crate) fn content_name(stem: &str, extension: &str, hash: &blake3::Hash) -> String {
     format!("{stem}-{}.{extension}", &hash.to_hex().as_str()[..12])
+}
+
+/// A name that leads to an open file even when its own name is gone, for what reads by name; `path` where the system has
+/// no such names.
+pub(crate) fn name_of_open(file: &File, path: &Path) -> PathBuf {
+    #[cfg(target_os = "linux")]
+    {
+        let open = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file)));
+        if open.exists() || !path.exists() {
+            return open;
+        }
+    }
+    let _ = file;
+    path.to_owned()
 }
 
 /// BLAKE3 and length of a file, read through a memory map on all cores.

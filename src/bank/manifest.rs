@@ -167,6 +167,13 @@ pub struct Counts {
     pub tokens: u64,
 }
 
+impl ShardEntry {
+    /// Its file, as entries of the folder `index` say it.
+    pub(crate) fn file_entry(&self) -> FileEntry {
+        FileEntry { file: self.file.clone(), bytes: self.bytes, blake3: self.blake3.clone() }
+    }
+}
+
 #[derive(Deserialize)]
 struct Probe {
     format: String,
@@ -264,6 +271,11 @@ impl Manifest {
             files.push(("tombstones".to_owned(), &tombstones.file));
         }
         files
+    }
+
+    /// How many different files of the folder `index` there are.
+    pub(crate) fn file_names(&self) -> usize {
+        self.index_files().into_iter().map(|(_, file)| &file.file).collect::<std::collections::BTreeSet<_>>().len()
     }
 
     fn check(&self, path: &Path) -> Result<(), BankError> {

@@ -6,6 +6,7 @@
 //! k-means is seeded and its threads share out centroids and lists, never one sum. (Not for factory strings with
 //! `OPQ` or `HNSW`: these depend on the threads' order.)
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -16,7 +17,7 @@ use faiss::selector::IdSelector;
 use faiss::{Index, MetricType, index_factory};
 
 use crate::bank::error::BankError;
-use crate::bank::io::hash_file;
+use crate::bank::io::{hash_file, name_of_open};
 use crate::bank::live::Live;
 use crate::bank::manifest::RetrievalEntry;
 use crate::bank::publish::RetrievalSpec;
@@ -219,7 +220,17 @@ impl RetrievalIndex {
     /// # Errors
     /// [`BankError::Corrupt`], [`BankError::Faiss`], [`BankError::Io`].
     pub fn open(path: &Path, entry: &RetrievalEntry) -> Result<Self, BankError> {
-        let (hash, bytes) = hash_file(path)?;
+        Self::read(path, path, entry)
+    }
+
+    /// [`RetrievalIndex::open`] of a file that is open, though its name may be gone.
+    pub(crate) fn open_file(path: &Path, file: &File, entry: &RetrievalEntry) -> Result<Self, BankError> {
+        Self::read(path, &name_of_open(file, path), entry)
+    }
+
+    /// Reads the file at `at`; messages call it `path`.
+    fn read(path: &Path, at: &Path, entry: &RetrievalEntry) -> Result<Self, BankError> {
+        let (hash, bytes) = hash_file(at)?;
         if bytes != entry.file.bytes {
             return Err(BankError::corrupt(path, 0, "file length", entry.file.bytes, bytes));
         }
@@ -229,7 +240,7 @@ impl RetrievalIndex {
         if entry.metric != METRIC {
             return Err(BankError::corrupt(path, 0, "metric", METRIC, &entry.metric));
         }
-        let index = read_index(utf8(path)?).map_err(BankError::faiss(path, "read"))?;
+        let index = read_index(utf8(at)?).map_err(BankError::faiss(path, "read"))?;
         let (dim, count) = (u64::from(index.d()), index.ntotal());
         if (dim, count) != (entry.dim, entry.count) || index.metric_type() != MetricType::InnerProduct {
             let expected = format!("{} vectors of width {} by inner product", entry.count, entry.dim);

@@ -18,6 +18,7 @@ use crate::bank::mmap::Map;
 use crate::bank::shard_header::ShardHeader;
 use crate::bank::shard_writer::footer_crc;
 use crate::bank::texts::{TextBlock, TextEntry, decompress};
+use crate::bank::writer::NewRecord;
 use crate::memory::{ContentHash, RecordId};
 
 /// An open shard.
@@ -69,6 +70,19 @@ impl RecordRef<'_> {
     /// [`BankError::Corrupt`].
     pub fn text(&self) -> Result<String, BankError> {
         self.shard.text(self.id.slot)
+    }
+
+    /// The record as something to write once more; `text` is its text.
+    pub(crate) fn as_new<'b>(&'b self, text: &'b str) -> NewRecord<'b> {
+        NewRecord {
+            content: self.content,
+            count: self.count,
+            tokens_selected: self.tokens,
+            codes: self.codes,
+            token_ids: self.token_ids,
+            text,
+            vector: self.vector,
+        }
     }
 }
 

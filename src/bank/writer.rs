@@ -14,7 +14,7 @@
 //!   [`BankWriter::finish_shard_now`] also the open one. The resumed run pushes the same sequence; documents whose
 //!   row survived are skipped ([`Claim::Present`]), records that survived without their row are found by content.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -25,10 +25,10 @@ use crate::bank::error::BankError;
 use crate::bank::io::{DiskIo, Io};
 use crate::bank::layout::MAX_ID_BYTES;
 use crate::bank::lock::BankLock;
-use crate::bank::manifest::{BankShape, Manifest, ShardEntry};
+use crate::bank::manifest::{BankShape, Manifest};
+use crate::bank::sequence::ShardSequence;
 use crate::bank::shard::Shard;
 use crate::bank::shard_header::ShardHeader;
-use crate::bank::shard_writer::{ShardWriter, part_name, shard_name};
 use crate::bank::tombstones::Tombstones;
 use crate::fingerprint::Fingerprint;
 use crate::memory::{ContentHash, RecordId};
@@ -109,9 +109,9 @@ pub enum Claim {
     New,
     /// The bank has it with this text: nothing to do.
     Present(RowId),
-    /// The bank has it with another text.
+    /// The bank has it with another text: a new row replaces it.
     Changed(RowId),
-    /// This run has claimed the id before.
+    /// This pass has claimed the id before.
     Repeated,
 }
 
@@ -119,17 +119,13 @@ pub enum Claim {
 pub struct BankWriter {
     pub(crate) lock: BankLock,
     pub(crate) io: Arc<dyn Io>,
-    pub(crate) spec: BankSpec,
     /// The generation that this writer adds to.
     pub(crate) published: Option<Manifest>,
     pub(crate) tombstones: Tombstones,
-    /// All finished shards by number: published, adopted and this run's.
-    pub(crate) shards: BTreeMap<u32, Shard>,
-    pub(crate) entries: Vec<ShardEntry>,
-    pub(crate) next_shard: u32,
-    pub(crate) open: Option<ShardWriter>,
-    open_contents: HashMap<ContentHash, u32>,
-    open_documents: HashMap<String, (u32, ContentHash)>,
+    /// All shards: published, adopted and this run's.
+    pub(crate) sequence: ShardSequence,
+    open_contents: HashMap<ContentHash, RecordId>,
+    pub(crate) open_documents: HashMap<String, (RowId, ContentHash)>,
     pub(crate) catalog: Catalog,
     pub(crate) startup: Startup,
 }
@@ -155,16 +151,14 @@ impl BankWriter {
             found.shards.values().zip(found.entries.iter().map(|entry| entry.blake3.as_str())).collect();
         let (catalog, read) = Catalog::open(lock.dir())?.bring_up_to_date(&listed)?;
         tracing::debug!(shards = listed.len(), read, "catalog is up to date");
+        let sequence =
+            ShardSequence::new(Arc::clone(&io), lock.dir(), spec, found.shards, found.entries, found.next_shard);
         let mut writer = Self {
             lock,
             io,
-            spec,
             published: found.published,
             tombstones: found.tombstones,
-            shards: found.shards,
-            entries: found.entries,
-            next_shard: found.next_shard,
-            open: None,
+            sequence,
             open_contents: HashMap::new(),
             open_documents: HashMap::new(),
             catalog,
@@ -183,7 +177,7 @@ impl BankWriter {
 
     /// What the bank was opened for.
     pub fn spec(&self) -> &BankSpec {
-        &self.spec
+        &self.sequence.spec
     }
 
     /// The bank's folder.
@@ -198,17 +192,23 @@ impl BankWriter {
 
     /// Documents in the bank so far, those of unpublished shards and dead rows included.
     pub fn documents(&self) -> u64 {
-        let finished: u64 = self.entries.iter().map(|entry| entry.documents).sum();
-        finished + self.open.as_ref().map_or(0, |open| open.documents() as u64)
+        self.sequence.documents()
     }
 
     /// Records in the bank so far, those of unpublished shards included.
     pub fn records(&self) -> u64 {
-        let finished: u64 = self.entries.iter().map(|entry| entry.records).sum();
-        finished + self.open.as_ref().map_or(0, |open| open.records() as u64)
+        self.sequence.records()
     }
 
-    /// Claims a document id for this run and says whether the bank has the document.
+    /// Begins another pass over the corpus: every id may be claimed once more.
+    ///
+    /// # Errors
+    /// [`BankError::Catalog`].
+    pub fn begin_pass(&mut self) -> Result<(), BankError> {
+        self.catalog.begin_pass()
+    }
+
+    /// Claims a document id for this pass and says whether the bank has the document.
     ///
     /// # Errors
     /// [`BankError::BadInput`] for an id above 4 096 bytes; [`BankError::Catalog`].
@@ -226,26 +226,45 @@ impl BankWriter {
         })
     }
 
-    /// Has the bank this document with this text? Unlike a claim, this leaves no trace.
+    /// Has the bank a live document with this id? Unlike a claim, this leaves no trace.
     ///
     /// # Errors
     /// [`BankError::Catalog`].
-    pub fn has_document(&self, id: &str, text_hash: ContentHash) -> Result<bool, BankError> {
-        Ok(self.document_row(id)?.is_some_and(|(_, hash)| hash == text_hash))
+    pub fn has_document(&self, id: &str) -> Result<bool, BankError> {
+        Ok(self.document_row(id)?.is_some())
     }
 
-    /// The record with this content, wherever in the bank it is.
+    /// Chunks of a document row, and the tokens of these chunks; `None` while its shard is open.
+    ///
+    /// # Errors
+    /// [`BankError::Corrupt`] for a row, or a record of it, that cannot be read.
+    pub fn row_size(&self, row: RowId) -> Result<Option<(u64, u64)>, BankError> {
+        let shards = &self.sequence.shards;
+        let Some(shard) = shards.get(&row.shard) else { return Ok(None) };
+        let (mut chunks, mut tokens) = (0, 0);
+        for chunk in shard.document(row.row)?.chunks() {
+            let home = shards.get(&chunk.record.shard);
+            let home =
+                home.ok_or_else(|| BankError::bad_input("record of a chunk", "a record of this bank", chunk.record))?;
+            chunks += 1;
+            tokens += home.token_ids(chunk.record.slot)?.len() as u64;
+        }
+        Ok(Some((chunks, tokens)))
+    }
+
+    /// The record with this content, wherever in the bank it is. A damaged one is passed over.
     ///
     /// # Errors
     /// [`BankError::Catalog`].
     pub fn find(&self, content: ContentHash) -> Result<Option<RecordId>, BankError> {
-        if let (Some(&slot), Some(open)) = (self.open_contents.get(&content), &self.open) {
-            return Ok(Some(RecordId { shard: open.number(), slot }));
+        if let Some(&id) = self.open_contents.get(&content) {
+            return Ok(Some(id));
         }
         let found = self.catalog.record_of(content)?;
         // The catalog is derived: its answer counts if the shard says the same.
         let confirmed = |id: &RecordId| {
-            self.shards.get(&id.shard).is_some_and(|shard| shard.content(id.slot).is_ok_and(|found| found == content))
+            let record = self.sequence.shards.get(&id.shard).map(|shard| shard.record(id.slot));
+            matches!(record, Some(Ok(record)) if ContentHash::of_tokens(record.token_ids) == content)
         };
         Ok(found.filter(confirmed))
     }
@@ -259,36 +278,28 @@ impl BankWriter {
         if let Some(id) = self.find(new.content)? {
             return Ok(id);
         }
-        let id = self.shard_for_record()?.push_record(new)?;
-        self.open_contents.insert(new.content, id.slot);
+        let id = self.sequence.push_record(new)?;
+        self.note_closed()?;
+        self.open_contents.insert(new.content, id);
         Ok(id)
     }
 
-    /// Writes a document's row and returns where it lies.
+    /// Writes a document's row and returns where it lies. A live row with the same id and another text is replaced: it
+    /// dies with the publication.
     ///
     /// # Errors
-    /// [`BankError::DuplicateDocument`] if the bank has a live document with this id; [`BankError::BadInput`] for an
-    /// id above 4 096 bytes or a chunk that names a record which the bank does not have; [`BankError::Io`].
+    /// [`BankError::DuplicateDocument`] if the bank has a live document with this id and text;
+    /// [`BankError::BadInput`] for an id above 4 096 bytes or a chunk that names a record which the bank does not have;
+    /// [`BankError::Io`].
     pub fn push_document(&mut self, new: &NewDocument) -> Result<RowId, BankError> {
-        if let Some((row, _)) = self.document_row(&new.id)? {
+        if let Some((row, hash)) = self.document_row(&new.id)?
+            && hash == new.text_hash
+        {
             return Err(BankError::DuplicateDocument { id: new.id.clone(), shard: row.shard, row: row.row });
         }
-        if new.id.len() > MAX_ID_BYTES {
-            let expected = format!("at most {MAX_ID_BYTES}");
-            return Err(BankError::bad_input("bytes of a document id", expected, new.id.len()));
-        }
-        for chunk in &new.chunks {
-            if !self.has_record(chunk.record) {
-                return Err(BankError::bad_input("record of a chunk", "a record of this bank", chunk.record));
-            }
-            if chunk.start > chunk.end {
-                let found = format!("{} to {}", chunk.start, chunk.end);
-                return Err(BankError::bad_input("bytes of a chunk", "a start before the end", found));
-            }
-        }
-        let open = self.shard_for_row()?;
-        let row = RowId { shard: open.number(), row: open.push_document(&new.id, new.text_hash, &new.chunks)? };
-        self.open_documents.insert(new.id.clone(), (row.row, new.text_hash));
+        let row = self.sequence.push_document(new)?;
+        self.note_closed()?;
+        self.open_documents.insert(new.id.clone(), (row, new.text_hash));
         Ok(row)
     }
 
@@ -298,86 +309,36 @@ impl BankWriter {
     /// # Errors
     /// [`BankError::Io`].
     pub fn finish_shard_now(mut self) -> Result<Option<PathBuf>, BankError> {
-        let Some(open) = self.open.take() else { return Ok(None) };
-        let name = part_name(open.number());
-        open.finish(&name)?;
+        let path = self.sequence.close_as_part()?;
         self.catalog.close()?;
-        Ok(Some(self.lock.dir().join("shards").join(name)))
-    }
-
-    pub(crate) fn index_dir(&self) -> PathBuf {
-        self.lock.dir().join("index")
-    }
-
-    pub(crate) fn shards_dir(&self) -> PathBuf {
-        self.lock.dir().join("shards")
+        Ok(path)
     }
 
     /// Closes the open shard for good.
     pub(crate) fn close_shard(&mut self) -> Result<(), BankError> {
-        let Some(open) = self.open.take() else { return Ok(()) };
-        let number = open.number();
-        let entry = open.finish(&shard_name(number))?;
-        let dir = self.shards_dir();
-        let part = dir.join(part_name(number));
-        if part.exists() {
-            self.io.remove(&part).map_err(BankError::io(&part, "remove"))?;
-        }
-        let shard = Shard::open(&dir.join(&entry.file))?;
-        self.catalog.insert_shard(&shard, &entry.blake3)?;
-        self.open_contents.clear();
-        self.open_documents.clear();
-        self.shards.insert(number, shard);
-        self.entries.push(entry);
-        Ok(())
+        self.sequence.close()?;
+        self.note_closed()
     }
 
-    /// The shard for the next record: closes a full one, starts the next.
-    fn shard_for_record(&mut self) -> Result<&mut ShardWriter, BankError> {
-        let full = self.open.as_ref().is_some_and(|open| {
-            open.records() >= self.spec.records_per_shard as usize || open.input_bytes() >= self.spec.shard_bytes
-        });
-        self.open_shard(full)
-    }
-
-    /// The shard for the next row: records do not fill it for rows, so that a row follows its document's last record.
-    fn shard_for_row(&mut self) -> Result<&mut ShardWriter, BankError> {
-        self.open_shard(false)
-    }
-
-    fn open_shard(&mut self, full: bool) -> Result<&mut ShardWriter, BankError> {
-        let table = self.open.as_ref().map_or(0, |open| open.table_bytes() as u64);
-        if full || table >= self.spec.shard_bytes.div_ceil(4) {
-            self.close_shard()?;
-        }
-        let open = match self.open.take() {
-            Some(open) => open,
-            None => {
-                let number = self.next_shard;
-                self.next_shard = number.checked_add(1).filter(|&next| next < 1 << 31).ok_or_else(|| {
-                    let path = self.shards_dir();
-                    BankError::Limit { path, what: "shards", found: u64::from(number) + 1, limit: (1 << 31) - 1 }
-                })?;
-                ShardWriter::create(Arc::clone(&self.io), &self.shards_dir(), self.spec.header(number))?
+    /// Enters shards that were closed into the catalog.
+    fn note_closed(&mut self) -> Result<(), BankError> {
+        for number in self.sequence.take_closed() {
+            if let (Some(shard), Some(entry)) = (self.sequence.shards.get(&number), self.sequence.entry(number)) {
+                self.catalog.insert_shard(shard, &entry.blake3)?;
             }
-        };
-        Ok(self.open.insert(open))
-    }
-
-    fn has_record(&self, id: RecordId) -> bool {
-        match &self.open {
-            Some(open) if open.number() == id.shard => (id.slot as usize) < open.records(),
-            _ => self.shards.get(&id.shard).is_some_and(|shard| id.slot < shard.records()),
+            self.open_contents.clear();
+            self.open_documents.clear();
         }
+        Ok(())
     }
 
     /// The live row of a document and the hash of its text.
     fn document_row(&self, id: &str) -> Result<Option<(RowId, ContentHash)>, BankError> {
-        if let (Some(&(row, hash)), Some(open)) = (self.open_documents.get(id), &self.open) {
-            return Ok(Some((RowId { shard: open.number(), row }, hash)));
+        if let Some(&found) = self.open_documents.get(id) {
+            return Ok(Some(found));
         }
         let Some(row) = self.catalog.row_of(id)? else { return Ok(None) };
-        let Some(shard) = self.shards.get(&row.shard) else { return Ok(None) };
+        let Some(shard) = self.sequence.shards.get(&row.shard) else { return Ok(None) };
         let confirmed = shard.document(row.row).ok().filter(|found| found.id == id);
         Ok(confirmed.filter(|_| !self.tombstones.contains(row)).map(|found| (row, found.text_hash)))
     }
@@ -389,16 +350,7 @@ impl BankWriter {
         for slot in 0..part.records() {
             let record = part.record(slot)?;
             let text = record.text()?;
-            let id = self.push_record(&NewRecord {
-                content: record.content,
-                count: record.count,
-                tokens_selected: record.tokens,
-                codes: record.codes,
-                token_ids: record.token_ids,
-                text: &text,
-                vector: record.vector,
-            })?;
-            ids.push(id);
+            ids.push(self.push_record(&record.as_new(&text))?);
         }
         let renamed = |mut chunk: Chunk| {
             if chunk.record.shard == part.number() {

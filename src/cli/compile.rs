@@ -9,15 +9,16 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::Args;
 
+use super::events::TellArgs;
 use super::options::{self, BankArg, EmbedderArg, ModelArg};
 use super::progress::ProgressDisplay;
 use super::{Global, Outcome, output};
-use crate::bank::BankError;
+use crate::bank::{BankError, Manifest};
 use crate::config::{ByteSize, Config};
-use crate::pipeline::{self, PipelineError, Progress, RunReport, StageReport, StopFlag};
+use crate::pipeline::{self, Mode, PipelineError, Plan, Progress, RunReport, StageReport, StopFlag, Task};
 use crate::select::Score;
 
-/// Arguments of `memory3 compile`; each one left out keeps what `pipeline.toml` says.
+/// Arguments of `memory3 compile`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -27,19 +28,53 @@ Examples:
   zstdcat dump.zst | memory3 compile - --bank banks/dump
   memory3 compile --device cuda:0 --dtype bf16           needs the cargo feature `cuda`
   memory3 compile --codec none --max-chunks 1000         a quick look, vectors kept in bf16
+  memory3 compile --dry-run                              what would be encoded and what would vanish
 
-Rejected documents are listed in the ledger (one JSON line each) and make the exit code 1.
+A bank that exists is made to match the corpus: new and changed documents are encoded, unchanged ones cost no device
+time, vanished ones die. Rejected documents are listed in the ledger (one JSON line each) and make the exit code 1.
 A run that was stopped goes on where its last finished shard ends when the same command is given again.")]
 pub struct CompileArgs {
+    #[command(flatten)]
+    run: RunArgs,
+    /// Let documents vanish, however many, and though inputs could not be read
+    #[arg(long, help_heading = "Corpus")]
+    allow_shrink: bool,
+    /// If the bank's retrieval vectors are another text encoder's, make them anew first; nothing is encoded again
+    #[arg(long, help_heading = "Memory", conflicts_with = "dry_run")]
+    re_embed: bool,
+}
+
+/// Arguments of `memory3 append`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  memory3 append new/ --bank banks/docs
+  memory3 append 2024-11-*.jsonl.zst --dry-run
+
+Only adds: a document that the bank has with another text is rejected and listed in the ledger, and nothing vanishes.
+`memory3 compile` replaces documents and makes the bank match a corpus.")]
+pub struct AppendArgs {
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+/// What both take; each one left out keeps what `pipeline.toml` says.
+#[derive(Debug, Args)]
+struct RunArgs {
     /// Folders, files and globs of .txt, .md, .jsonl[.zst|.gz] and .parquet; `-` reads standard input
     #[arg(value_name = "INPUT")]
     inputs: Vec<String>,
+    /// Say what would be done, and stop
+    #[arg(long)]
+    dry_run: bool,
     #[command(flatten)]
     bank: BankArg,
     #[command(flatten)]
     model: ModelArg,
     #[command(flatten)]
     embedder: EmbedderArg,
+    #[command(flatten)]
+    tell: TellArgs,
 
     /// Field of a JSON line or Parquet column with the document's id
     #[arg(long, env = "MEMORY3_ID_FIELD", help_heading = "Corpus")]
@@ -97,6 +132,12 @@ pub struct CompileArgs {
     /// Chunks that go through the stages together
     #[arg(long, env = "MEMORY3_BATCH_CHUNKS", help_heading = "Run", value_name = "N")]
     batch_chunks: Option<usize>,
+    /// Refuse to lose more than this share of the documents
+    #[arg(long, env = "MEMORY3_MAX_SHRINK", help_heading = "Corpus", value_name = "SHARE")]
+    max_shrink: Option<f64>,
+    /// Generations that stay on disk, the published one included
+    #[arg(long, env = "MEMORY3_KEEP_GENERATIONS", help_heading = "Run", value_name = "N")]
+    keep_generations: Option<u32>,
     /// Records of one shard
     #[arg(long, env = "MEMORY3_RECORDS_PER_SHARD", help_heading = "Run", value_name = "N")]
     records_per_shard: Option<u32>,
@@ -110,54 +151,93 @@ pub struct CompileArgs {
 
 /// Runs `memory3 compile`.
 pub fn run(global: &Global, args: &CompileArgs) -> anyhow::Result<Outcome> {
-    let config = args.config(global)?;
-    let index = config.bank.path.join("index");
-    let ledger = args.ledger.clone().unwrap_or_else(|| index.join("ledger.jsonl"));
-    let report_path = args.report.clone().unwrap_or_else(|| index.join("report.json"));
-    if config.run.threads > 0 {
-        rayon::ThreadPoolBuilder::new().num_threads(config.run.threads).build_global().context("--threads")?;
-    }
+    let mode = Mode::Match { allow_shrink: args.allow_shrink };
+    args.run.run(global, Task { mode, dry_run: args.run.dry_run, re_embed: args.re_embed })
+}
 
-    // A report that cannot be written must not be found out after hours.
-    let report_error =
-        || format!("{}: the run report cannot be written; choose another --report", report_path.display());
-    if let Some(folder) = report_path.parent() {
-        std::fs::create_dir_all(folder).with_context(report_error)?;
-    }
-    let folder = report_path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let report_file = tempfile::NamedTempFile::new_in(folder).with_context(report_error)?;
-    let write_report = |mut file: tempfile::NamedTempFile, json: &str| -> anyhow::Result<()> {
-        file.write_all(json.as_bytes()).with_context(report_error)?;
-        file.persist(&report_path).with_context(report_error)?;
-        Ok(())
-    };
-    let stop = stop_on_ctrl_c()?;
-    let progress = Arc::new(Progress::default());
-    let display = ProgressDisplay::start(Arc::clone(&progress), global.quiet);
-    let result = pipeline::compile(&config, &ledger, &progress, &stop);
-    display.finish();
-    let report = match result {
-        Ok(report) => report,
-        Err(error) => {
-            // Whoever reads the report must not find that of an earlier run; but that of a run under way stays.
-            let locked = matches!(error, PipelineError::Bank(BankError::Locked { .. }));
-            let error = anyhow::Error::from(error);
-            if !locked {
-                let failed = FailedReport { version: env!("CARGO_PKG_VERSION"), error: output::describe(&error) };
-                write_report(report_file, &(serde_json::to_string_pretty(&failed)? + "\n"))?;
-            }
-            return Err(error);
+/// Runs `memory3 append`.
+pub fn append(global: &Global, args: &AppendArgs) -> anyhow::Result<Outcome> {
+    anyhow::ensure!(!args.run.inputs.is_empty(), "no input; name the folders, files or globs to add");
+    args.run.run(global, Task { mode: Mode::Append, dry_run: args.run.dry_run, re_embed: false })
+}
+
+impl RunArgs {
+    fn run(&self, global: &Global, task: Task) -> anyhow::Result<Outcome> {
+        let args = self;
+        let config = args.config(global)?;
+        if task.mode == Mode::Append {
+            // Before anything makes a folder of a name that is no bank.
+            Manifest::read(&config.bank.path)?;
         }
-    };
+        let index = config.bank.path.join("index");
+        let ledger = args.ledger.clone().unwrap_or_else(|| index.join("ledger.jsonl"));
+        let report_path = args.report.clone().unwrap_or_else(|| index.join("report.json"));
+        if config.run.threads > 0 {
+            rayon::ThreadPoolBuilder::new().num_threads(config.run.threads).build_global().context("--threads")?;
+        }
 
-    let json = serde_json::to_string_pretty(&report)? + "\n";
-    write_report(report_file, &json)?;
-    if global.json {
-        output::print(&json)?
-    } else {
-        output::print(&summary(&report, &config, &ledger))?
+        if args.dry_run {
+            let report = pipeline::compile(&config, task, &ledger, &Progress::default(), &StopFlag::default())?;
+            let plan = &report.plan;
+            if global.json {
+                output::print_json(&report)?
+            } else {
+                output::print(&plan_text(plan))?
+            }
+            return Ok(if plan.refused.is_some() || plan.rejected > 0 { Outcome::Incomplete } else { Outcome::Done });
+        }
+
+        // A report that cannot be written must not be found out after hours.
+        let report_error =
+            || format!("{}: the run report cannot be written; choose another --report", report_path.display());
+        if let Some(folder) = report_path.parent() {
+            std::fs::create_dir_all(folder).with_context(report_error)?;
+        }
+        let folder = report_path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        // Its name ends as those that the next writer clears away.
+        let scratch = || tempfile::Builder::new().prefix("report-").suffix(".tmp").tempfile_in(folder);
+        drop(scratch().with_context(report_error)?);
+        let write_report = |json: &str| -> anyhow::Result<()> {
+            let mut file = scratch().with_context(report_error)?;
+            file.write_all(json.as_bytes()).with_context(report_error)?;
+            file.persist(&report_path).with_context(report_error)?;
+            Ok(())
+        };
+        let stop = stop_on_ctrl_c()?;
+        let progress = Arc::new(Progress::default());
+        let verb = if task.mode == Mode::Append { "append" } else { "compile" };
+        let telling = args.tell.start(verb, &config.bank.path, &progress)?;
+        let display = ProgressDisplay::start(Arc::clone(&progress), global.quiet);
+        let result = pipeline::compile(&config, task, &ledger, &progress, &stop);
+        display.finish();
+        let report = match result {
+            Ok(report) => report,
+            Err(error) => {
+                // Whoever reads the report must not find that of an earlier run; but that of a run under way stays.
+                let locked = matches!(error, PipelineError::Bank(BankError::Locked { .. }));
+                let error = anyhow::Error::from(error);
+                let described = output::describe(&error);
+                telling.finish(Err(&described), Outcome::FAILED)?;
+                if !locked {
+                    let failed = FailedReport { version: env!("CARGO_PKG_VERSION"), error: described };
+                    write_report(&(serde_json::to_string_pretty(&failed)? + "\n"))?;
+                }
+                return Err(error);
+            }
+        };
+
+        let incomplete = report.stopped || report.documents.rejected > 0;
+        let outcome = if incomplete { Outcome::Incomplete } else { Outcome::Done };
+        telling.finish(Ok(&report), outcome.exit_code())?;
+        let json = serde_json::to_string_pretty(&report)? + "\n";
+        write_report(&json)?;
+        if global.json {
+            output::print(&json)?
+        } else {
+            output::print(&summary(&report, &config, &ledger))?
+        }
+        Ok(outcome)
     }
-    Ok(if report.stopped || report.documents.rejected > 0 { Outcome::Incomplete } else { Outcome::Done })
 }
 
 /// The run report of a run that failed.
@@ -167,7 +247,7 @@ struct FailedReport {
     error: String,
 }
 
-impl CompileArgs {
+impl RunArgs {
     fn config(&self, global: &Global) -> anyhow::Result<Config> {
         let mut config = options::load_config(global)?;
         config.bank.path = self.bank.resolve(&config);
@@ -203,6 +283,8 @@ impl CompileArgs {
         set(&mut config.run.threads, &self.threads);
         set(&mut config.run.batch_chunks, &self.batch_chunks);
         set(&mut config.bank.records_per_shard, &self.records_per_shard);
+        set(&mut config.bank.max_shrink, &self.max_shrink);
+        set(&mut config.bank.keep_generations, &self.keep_generations);
         config.validate()?;
         Ok(config)
     }
@@ -232,17 +314,42 @@ fn stop_on_ctrl_c() -> anyhow::Result<StopFlag> {
     Ok(stop)
 }
 
+/// What a dry run says.
+fn plan_text(plan: &Plan) -> String {
+    let mut text = format!("plan: {plan}\n");
+    for note in &plan.notes {
+        text += &format!("note: {note}\n");
+    }
+    if let Some(refused) = &plan.refused {
+        text += &format!("refused: {refused}\n");
+    }
+    text
+}
+
+/// `; 3 changed, 2 vanished, 1 kept`, as far as there are any.
+fn gone(report: &RunReport) -> String {
+    let documents = &report.documents;
+    let counts = [(documents.changed, "changed"), (documents.vanished, "vanished"), (documents.kept, "kept unseen")];
+    let text: Vec<String> = counts
+        .iter()
+        .filter(|(count, _)| *count > 0)
+        .map(|(count, what)| format!("{} {what}", output::thousands(*count)))
+        .collect();
+    if text.is_empty() { String::new() } else { format!("; {}", text.join(", ")) }
+}
+
 fn summary(report: &RunReport, config: &Config, ledger: &std::path::Path) -> String {
     let n = output::thousands;
     let documents = &report.documents;
     let mut text = format!(
-        "documents   {} read: {} compiled, {} unchanged, {} duplicate, {} rejected\n\
+        "documents   {} read: {} compiled, {} unchanged, {} duplicate, {} rejected{}\n\
          chunks      {} ({} new records, {} unchanged, {} shared with an equal chunk)\n",
         n(documents.read),
         n(documents.compiled),
         n(documents.unchanged),
         n(documents.duplicate),
         n(documents.rejected),
+        gone(report),
         n(report.chunks.total),
         n(report.chunks.encoded),
         n(report.chunks.unchanged),
@@ -261,6 +368,9 @@ fn summary(report: &RunReport, config: &Config, ledger: &std::path::Path) -> Str
         report.cpu_seconds / report.seconds.max(1e-9),
         ByteSize(report.peak_memory_bytes)
     );
+    if let Some(saved) = report.saved_seconds.filter(|&saved| saved >= 0.1) {
+        text += &format!("saved       {} of encoding: unchanged and shared chunks\n", seconds(saved));
+    }
     for stage in &report.stages {
         text += &format!("  {:<9} {:>9} of a core{}\n", stage.name, seconds(stage.busy_seconds), rate_of(stage));
     }

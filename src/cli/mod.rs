@@ -10,11 +10,14 @@ use clap::{Parser, Subcommand};
 
 mod compile;
 mod cost;
+mod events;
 mod init_model;
 mod inspect;
+mod maintain;
 mod options;
 mod output;
 mod progress;
+mod repair;
 mod search;
 mod show;
 mod verify;
@@ -26,6 +29,19 @@ enum Outcome {
     Done,
     /// Finished, but documents were rejected, damage was found, or the run was stopped before its end.
     Incomplete,
+}
+
+impl Outcome {
+    /// The exit code of a run that could not do its work.
+    const FAILED: u8 = 2;
+
+    /// The process's exit code.
+    const fn exit_code(self) -> u8 {
+        match self {
+            Self::Done => 0,
+            Self::Incomplete => 1,
+        }
+    }
 }
 
 /// Compiles texts into explicit memories: sparse, quantized attention keys and values, and an index to find them.
@@ -65,8 +81,18 @@ struct Global {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Compile a corpus into a bank
+    /// Compile a corpus into a bank, or make a bank match its corpus
     Compile(Box<compile::CompileArgs>),
+    /// Add documents to a bank
+    Append(Box<compile::AppendArgs>),
+    /// Remove documents from a bank
+    Remove(maintain::RemoveArgs),
+    /// Rewrite shards that are mostly dead
+    Compact(maintain::CompactArgs),
+    /// List the generations that a bank can go back to
+    Generations(maintain::GenerationsArgs),
+    /// Publish an earlier generation again
+    Rollback(maintain::RollbackArgs),
     /// Find the records nearest to a text
     Search(search::SearchArgs),
     /// Show one record: its text, with the tokens that each layer and head kept
@@ -75,6 +101,8 @@ enum Verb {
     Inspect(inspect::InspectArgs),
     /// Check a bank: checksums, ids, index against shards
     Verify(verify::VerifyArgs),
+    /// Rebuild index and catalog, restore a lost manifest, drop damage
+    Repair(repair::RepairArgs),
     /// Show what implicit, explicit and external memory cost for a model
     Cost(cost::CostArgs),
     /// Write a model directory with random weights and a trained tokenizer
@@ -87,21 +115,26 @@ pub fn run() -> ExitCode {
     output::start_logging(cli.global.quiet);
     let outcome = match &cli.verb {
         Verb::Compile(args) => compile::run(&cli.global, args),
+        Verb::Append(args) => compile::append(&cli.global, args),
+        Verb::Remove(args) => maintain::remove(&cli.global, args),
+        Verb::Compact(args) => maintain::compact(&cli.global, args),
+        Verb::Generations(args) => maintain::generations(&cli.global, args),
+        Verb::Rollback(args) => maintain::rollback(&cli.global, args),
         Verb::Search(args) => search::run(&cli.global, args),
         Verb::Show(args) => show::run(&cli.global, args),
         Verb::Inspect(args) => inspect::run(&cli.global, args),
         Verb::Verify(args) => verify::run(&cli.global, args),
+        Verb::Repair(args) => repair::run(&cli.global, args),
         Verb::Cost(args) => cost::run(&cli.global, args),
         Verb::InitModel(args) => init_model::run(&cli.global, args),
     };
     match outcome {
-        Ok(Outcome::Done) => ExitCode::SUCCESS,
-        Ok(Outcome::Incomplete) => ExitCode::from(1),
+        Ok(outcome) => ExitCode::from(outcome.exit_code()),
         // A reader that closed our output early, such as `head`, has what it wanted.
         Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("memory3: {}", output::describe(&error));
-            ExitCode::from(2)
+            ExitCode::from(Outcome::FAILED)
         }
     }
 }

@@ -116,6 +116,8 @@ pub enum RejectReason {
         /// Where the first one stands, if that is known.
         first: Option<Source>,
     },
+    /// The bank has this document with another text, and the run only adds. Found by the pipeline, which knows the bank.
+    OtherText,
     /// The tokenizer fails on this text. Found by the pipeline, which runs the chunker.
     NotTokenized {
         /// What the chunker said.
@@ -124,6 +126,11 @@ pub enum RejectReason {
 }
 
 impl RejectReason {
+    /// Whether the entry has an id that no document of a bank can have.
+    pub const fn has_no_id(&self) -> bool {
+        matches!(self, Self::EmptyId | Self::IdTooLong { .. } | Self::PathNotUtf8)
+    }
+
     /// A short fixed name, the key of the ledger's counts.
     pub const fn code(&self) -> &'static str {
         match self {
@@ -139,6 +146,7 @@ impl RejectReason {
             Self::IdTooLong { .. } => "id-too-long",
             Self::PathNotUtf8 => "path-not-utf8",
             Self::DuplicateId { .. } => "duplicate-id",
+            Self::OtherText => "other-text",
             Self::NotTokenized { .. } => "not-tokenized",
         }
     }
@@ -169,6 +177,7 @@ impl fmt::Display for RejectReason {
             Self::DuplicateId { first: Some(Source { path, line: Some(line) }) } => {
                 write!(f, "id was seen before in {} line {line}", path.display())
             }
+            Self::OtherText => write!(f, "the bank has this document with another text; `memory3 compile` replaces it"),
             Self::NotTokenized { cause } => f.write_str(cause),
         }
     }

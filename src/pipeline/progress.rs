@@ -2,9 +2,11 @@
 //!
 //! Stages write, a display reads, nobody waits: all fields are atomic, and the values may be a moment apart.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
+
+use super::plan::Plan;
 
 /// The part of the run that is under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,6 +90,8 @@ impl StageMeter {
 #[derive(Debug)]
 pub struct Progress {
     phase: AtomicU8,
+    /// What the run is going to do, once it is known.
+    pub plan: OnceLock<Plan>,
     /// Bytes of the corpus, as they lie on disk, that the survey has read.
     pub survey_bytes: AtomicU64,
     /// Bytes of the corpus.
@@ -130,6 +134,7 @@ impl Default for Progress {
     fn default() -> Self {
         Self {
             phase: AtomicU8::new(0),
+            plan: OnceLock::new(),
             survey_bytes: AtomicU64::new(0),
             survey_bytes_total: AtomicU64::new(0),
             chunks_total: AtomicU64::new(0),

@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::plan::Plan;
 use super::progress::Progress;
 use crate::bank::Manifest;
 use crate::codec::quality::Quality;
@@ -16,6 +17,8 @@ pub struct RunReport {
     pub device: String,
     /// Files of folders and globs that were not read, by intention.
     pub skipped_files: Skipped,
+    /// What the run was going to do.
+    pub plan: Plan,
     /// Documents by what became of them.
     pub documents: DocumentCounts,
     /// Chunks by what became of them.
@@ -34,6 +37,9 @@ pub struct RunReport {
     pub stages: Vec<StageReport>,
     /// FLOP of writing the encoded chunks, by the paper's formula at each chunk's own length.
     pub encode_tflop: f64,
+    /// Time of the stage `encode` that the unchanged and shared chunks would have taken, at what this run's chunks took;
+    /// unknown if it encoded none.
+    pub saved_seconds: Option<f64>,
     /// Processor time of the process, all threads together.
     pub cpu_seconds: f64,
     /// The process's largest resident size.
@@ -53,12 +59,18 @@ pub struct DocumentCounts {
     pub read: u64,
     /// Documents with at least one new record.
     pub compiled: u64,
+    /// Those of the compiled and duplicate ones that replace an earlier text.
+    pub changed: u64,
     /// Documents that the bank, or an interrupted run, has already with the same text.
     pub unchanged: u64,
     /// Documents all of whose chunks equal chunks that were there before.
     pub duplicate: u64,
     /// Entries listed in the ledger.
     pub rejected: u64,
+    /// Documents of the bank that the corpus no longer has; they are not among those read.
+    pub vanished: u64,
+    /// Documents of the bank that were not seen and stay; not among those read.
+    pub kept: u64,
 }
 
 /// Chunks by what became of them: `total = encoded + unchanged + shared`.
@@ -135,6 +147,14 @@ pub(super) fn stage_reports(progress: &Progress) -> Vec<StageReport> {
         .map(|meter| StageReport { name: meter.name, items: meter.items(), busy_seconds: meter.busy().as_secs_f64() })
         .filter(|stage| stage.items > 0 || stage.busy_seconds > 0.0)
         .collect()
+}
+
+/// What the chunks that needed no encoding would have cost.
+pub(super) fn saved_seconds(progress: &Progress, chunks: &ChunkCounts) -> Option<f64> {
+    // Counts of chunks, below 2^53.
+    #[allow(clippy::cast_precision_loss)]
+    let (saved, encoded) = ((chunks.unchanged + chunks.shared) as f64, progress.encode.items() as f64);
+    (encoded > 0.0).then(|| saved * progress.encode.busy().as_secs_f64() / encoded)
 }
 
 /// The largest resident size of this process so far, from `/proc/self/status`; 0 where that does not exist.

@@ -14,13 +14,14 @@ use std::time::Instant;
 use crossbeam::channel::{Receiver, Sender, bounded};
 use rayon::prelude::*;
 
+use super::plan::Mode;
 use super::progress::{Progress, StageMeter, StopFlag};
 use super::report::{ChunkCounts, DocumentCounts};
-use super::survey::{Chunked, for_each_chunked};
+use super::survey::{Chunked, claim, for_each_chunked};
 use super::{Origin, PipelineError};
-use crate::bank::{self, BankWriter, Claim, NewDocument, NewRecord};
+use crate::bank::{self, BankWriter, NewDocument, NewRecord};
 use crate::codec::CodecSet;
-use crate::corpus::{Chunk, Chunker, Corpus, Document, Ledger, RejectReason, Rejection};
+use crate::corpus::{Chunk, Chunker, Corpus, Document, Ledger};
 use crate::cost::{self, Lengths, ModelShape};
 use crate::embed::TextEmbedder;
 use crate::memory::{ContentHash, Memory, MemoryShape};
@@ -39,6 +40,8 @@ pub struct Stages<'a> {
     pub chunker: &'a Chunker,
     /// Stop at the end of the document in which this many chunks are reached.
     pub max_chunks: Option<u64>,
+    /// What the bank is to become.
+    pub mode: Mode,
     /// Chunks of a batch.
     pub batch_chunks: usize,
     /// The model and the selection.
@@ -154,46 +157,30 @@ impl Stages<'_> {
         let mut totals = Totals::default();
         let mut batch = Batch::default();
         let mut started = Instant::now();
-        for_each_chunked(self.corpus, self.chunker, self.max_chunks, None, |entry| {
+        lock(writer).begin_pass()?;
+        let look = |document: &Document, text_hash| claim(&mut lock(writer), self.mode, &document.id, text_hash);
+        for_each_chunked(self.corpus, self.chunker, self.max_chunks, None, look, |entry| {
             totals.documents.read += 1;
             match entry {
                 Chunked::Rejected(rejection) => {
                     totals.documents.rejected += 1;
                     ledger.reject(&rejection)?;
                 }
-                Chunked::Document(document, chunks) => {
-                    let text_hash = ContentHash::of_text(&document.text);
-                    let claim = lock(writer).claim_document(&document.id, text_hash)?;
-                    match claim {
-                        Claim::Repeated => {
-                            totals.documents.rejected += 1;
-                            self.progress.chunks_total.fetch_sub(chunks.len() as u64, Ordering::Relaxed);
-                            ledger.reject(&Rejection {
-                                source: document.source,
-                                id: Some(document.id),
-                                reason: RejectReason::DuplicateId { first: None },
-                            })?;
-                        }
-                        Claim::Present(_) => self.count_present(&mut totals, &chunks),
-                        Claim::Changed(_) => {
-                            let origin = Arc::new(Origin { id: document.id, source: document.source });
-                            return Err(PipelineError::Changed { origin });
-                        }
-                        Claim::New => {
-                            let mut send = |batch: &mut Batch| {
-                                // Only the work counts, not the wait for a free place in the channel.
-                                self.progress.read.add(batch.chunks.len(), started.elapsed());
-                                let sent = output.send(std::mem::take(batch)).is_ok();
-                                started = Instant::now();
-                                sent
-                            };
-                            let (totals, batch) = (&mut totals, &mut batch);
-                            if !self.add_document(
-                                totals, batch, &mut send, writer, in_flight, document, text_hash, chunks,
-                            )? {
-                                return Ok(false);
-                            }
-                        }
+                Chunked::Present { chunks, tokens } => self.count_present(&mut totals, chunks, tokens),
+                Chunked::Document { document, text_hash, changed, chunks } => {
+                    totals.documents.changed += u64::from(changed);
+                    let mut send = |batch: &mut Batch| {
+                        // Only the work counts, not the wait for a free place in the channel.
+                        self.progress.read.add(batch.chunks.len(), started.elapsed());
+                        let sent = output.send(std::mem::take(batch)).is_ok();
+                        started = Instant::now();
+                        sent
+                    };
+                    let (totals, batch) = (&mut totals, &mut batch);
+                    let more =
+                        self.add_document(totals, batch, &mut send, writer, in_flight, document, text_hash, chunks)?;
+                    if !more {
+                        return Ok(false);
                     }
                 }
             }
@@ -214,15 +201,14 @@ impl Stages<'_> {
     }
 
     /// A document that the bank or an interrupted run has already, with the same text.
-    fn count_present(&self, totals: &mut Totals, chunks: &[Chunk]) {
-        let count = chunks.len() as u64;
+    fn count_present(&self, totals: &mut Totals, chunks: u64, tokens: u64) {
         totals.documents.unchanged += 1;
-        totals.chunks.total += count;
-        totals.chunks.unchanged += count;
-        totals.tokens += chunks.iter().map(|chunk| chunk.tokens.len() as u64).sum::<u64>();
+        totals.chunks.total += chunks;
+        totals.chunks.unchanged += chunks;
+        totals.tokens += tokens;
         self.progress.documents.fetch_add(1, Ordering::Relaxed);
-        self.progress.chunks.fetch_add(count, Ordering::Relaxed);
-        self.progress.chunks_shared.fetch_add(count, Ordering::Relaxed);
+        self.progress.chunks.fetch_add(chunks, Ordering::Relaxed);
+        self.progress.chunks_shared.fetch_add(chunks, Ordering::Relaxed);
     }
 
     /// Looks up a document's chunks and puts the new ones into batches; `false` if nobody takes batches any more.

@@ -1,16 +1,19 @@
-//! The first pass over the corpus: how much there is, and a uniform sample of its chunks.
+//! The first pass over the corpus: how much there is, what the bank has of it, and a uniform sample of its chunks.
 //!
-//! In: a corpus and a chunker. Out: counts, and the token ids of the chunks that come first in the sampler's queue.
-//! Choosing by hash makes the sample uniform over distinct chunks and independent of their order. Memory is bounded by the
-//! sample. Nothing is written and nothing is rejected here: the main pass does that.
+//! In: a corpus, a chunker, and the bank if there is one. Out: counts, and the token ids of the chunks that come first in
+//! the sampler's queue. Choosing by hash makes the sample uniform over distinct chunks and independent of their order.
+//! Documents that the bank has with the same text are not chunked: looking them up is enough. Memory is bounded by the
+//! sample, and by 16 bytes for each new document and each chunk to encode. Nothing is written: the main pass does that.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
 
 use super::PipelineError;
+use super::plan::Mode;
 use super::progress::{Progress, StopFlag};
+use crate::bank::{BankWriter, Claim};
 use crate::codec::sample::Sampler;
 use crate::corpus::{Chunk, Chunker, Corpus, Document, Entry, Ledger, RejectReason, Rejection};
 use crate::memory::ContentHash;
@@ -28,31 +31,93 @@ pub type Sampled = BTreeMap<(u64, ContentHash), Vec<u32>>;
 pub struct Survey {
     /// Entries of the corpus, those that cannot be used too.
     pub read: u64,
-    /// Documents that can be chunked.
-    pub documents: u64,
-    /// Their chunks, equal ones counted each time.
+    /// Documents that the bank does not have.
+    pub new: u64,
+    /// Documents that it has with another text.
+    pub changed: u64,
+    /// Documents that it has with the same text.
+    pub unchanged: u64,
+    /// Entries that cannot be used.
+    pub rejected: u64,
+    /// Those of them whose ids are unknown: they may hide documents of the bank.
+    pub blind: u64,
+    /// Ids of documents that the bank has and that cannot be used now.
+    pub rejected_ids: HashSet<String>,
+    /// Chunks of all documents, equal ones counted each time.
     pub chunks: u64,
+    /// Chunks that need a new record.
+    pub chunks_to_encode: u64,
+    /// Chunks of new and changed documents that share a record.
+    pub chunks_shared: u64,
+    /// Chunks of unchanged documents.
+    pub chunks_kept: u64,
     /// The sample.
     pub sample: Sampled,
+}
+
+/// What the bank says of a document before it is chunked.
+#[derive(Debug)]
+pub enum Looked {
+    /// It is to be chunked and written.
+    Write {
+        /// The bank has it with another text.
+        changed: bool,
+    },
+    /// The bank has it, with so many chunks and tokens; unknown while it lies in an open shard.
+    Present(Option<(u64, u64)>),
+    /// It cannot be used in this run.
+    Rejected(RejectReason),
 }
 
 /// One entry of the corpus after chunking.
 #[derive(Debug)]
 pub enum Chunked {
-    /// A document with at least one chunk.
-    Document(Document, Vec<Chunk>),
+    /// A document to write, with at least one chunk.
+    Document {
+        /// The document.
+        document: Document,
+        /// Hash of its text.
+        text_hash: ContentHash,
+        /// The bank has it with another text.
+        changed: bool,
+        /// Its chunks.
+        chunks: Vec<Chunk>,
+    },
+    /// A document that the bank has.
+    Present {
+        /// Its chunks.
+        chunks: u64,
+        /// Their tokens.
+        tokens: u64,
+    },
     /// An entry that is no usable document.
     Rejected(Rejection),
 }
 
-/// Reads and chunks the corpus in order, whole documents, until `max_chunks` are reached or `sink` says stop.
+/// Claims a document for this pass.
 ///
-/// `sink` gets every entry; returning `false` ends the pass. `bytes_read` follows how much of the corpus is read.
+/// # Errors
+/// [`PipelineError::Bank`].
+pub fn claim(writer: &mut BankWriter, mode: Mode, id: &str, text_hash: ContentHash) -> Result<Looked, PipelineError> {
+    Ok(match (writer.claim_document(id, text_hash)?, mode) {
+        (Claim::New, _) => Looked::Write { changed: false },
+        (Claim::Changed(_), Mode::Match { .. }) => Looked::Write { changed: true },
+        (Claim::Changed(_), Mode::Append) => Looked::Rejected(RejectReason::OtherText),
+        (Claim::Repeated, _) => Looked::Rejected(RejectReason::DuplicateId { first: None }),
+        (Claim::Present(row), _) => Looked::Present(writer.row_size(row)?),
+    })
+}
+
+/// Reads the corpus in order, asks `look` about each document, chunks those that are to be written, and gives every entry
+/// to `sink`; whole documents, until `max_chunks` are reached or `sink` says stop by returning `false`.
+///
+/// `bytes_read` follows how much of the corpus is read.
 pub fn for_each_chunked(
     corpus: &Corpus,
     chunker: &Chunker,
     max_chunks: Option<u64>,
     bytes_read: Option<&AtomicU64>,
+    mut look: impl FnMut(&Document, ContentHash) -> Result<Looked, PipelineError>,
     mut sink: impl FnMut(Chunked) -> Result<bool, PipelineError>,
 ) -> Result<(), PipelineError> {
     let mut entries = corpus.entries();
@@ -65,11 +130,36 @@ pub fn for_each_chunked(
         if let Some(bytes_read) = bytes_read {
             bytes_read.store(entries.bytes_read(), Ordering::Relaxed);
         }
-        let chunked: Vec<Chunked> = group.into_par_iter().map(|entry| chunk_entry(chunker, entry)).collect();
+        let mut looked = Vec::with_capacity(group.len());
+        for entry in group {
+            looked.push(match entry {
+                Entry::Rejected(rejection) => Err(Chunked::Rejected(rejection)),
+                Entry::Document(document) => {
+                    let text_hash = ContentHash::of_text(&document.text);
+                    match look(&document, text_hash)? {
+                        Looked::Write { changed } => Ok((document, text_hash, Some(changed))),
+                        Looked::Present(None) => Ok((document, text_hash, None)),
+                        Looked::Present(Some((chunks, tokens))) => Err(Chunked::Present { chunks, tokens }),
+                        Looked::Rejected(reason) => {
+                            let Document { id, source, .. } = document;
+                            Err(Chunked::Rejected(Rejection { source, id: Some(id), reason }))
+                        }
+                    }
+                }
+            });
+        }
+        let chunked: Vec<Chunked> = looked
+            .into_par_iter()
+            .map(|looked| {
+                looked.map_or_else(|done| done, |(document, hash, write)| chunk(chunker, document, hash, write))
+            })
+            .collect();
         for entry in chunked {
-            if let Chunked::Document(_, document_chunks) = &entry {
-                chunks += document_chunks.len() as u64;
-            }
+            chunks += match &entry {
+                Chunked::Document { chunks, .. } => chunks.len() as u64,
+                Chunked::Present { chunks, .. } => *chunks,
+                Chunked::Rejected(_) => 0,
+            };
             if !sink(entry)? || max_chunks.is_some_and(|max| chunks >= max) {
                 return Ok(());
             }
@@ -92,23 +182,26 @@ fn next_group(entries: &mut impl Iterator<Item = Entry>) -> Vec<Entry> {
     group
 }
 
-fn chunk_entry(chunker: &Chunker, entry: Entry) -> Chunked {
-    match entry {
-        Entry::Rejected(rejection) => Chunked::Rejected(rejection),
-        Entry::Document(document) => match chunker.chunk(&document.text) {
-            Ok(chunks) => Chunked::Document(document, chunks),
-            Err(error) => Chunked::Rejected(Rejection {
-                source: document.source,
-                id: Some(document.id),
-                reason: RejectReason::NotTokenized { cause: error.to_string() },
-            }),
+/// `write`: whether a document to write has changed; `None` for one that is only counted.
+fn chunk(chunker: &Chunker, document: Document, text_hash: ContentHash, write: Option<bool>) -> Chunked {
+    match (chunker.chunk(&document.text), write) {
+        (Ok(chunks), Some(changed)) => Chunked::Document { document, text_hash, changed, chunks },
+        (Ok(chunks), None) => Chunked::Present {
+            chunks: chunks.len() as u64,
+            tokens: chunks.iter().map(|chunk| chunk.tokens.len() as u64).sum(),
         },
+        (Err(error), _) => Chunked::Rejected(Rejection {
+            source: document.source,
+            id: Some(document.id),
+            reason: RejectReason::NotTokenized { cause: error.to_string() },
+        }),
     }
 }
 
 /// Lists why a corpus has no usable document.
 pub fn reject_all(corpus: &Corpus, chunker: &Chunker, ledger: &mut Ledger) -> Result<(), PipelineError> {
-    for_each_chunked(corpus, chunker, None, None, |entry| {
+    let look = |_: &Document, _| Ok(Looked::Write { changed: false });
+    for_each_chunked(corpus, chunker, None, None, look, |entry| {
         if let Chunked::Rejected(rejection) = entry {
             ledger.reject(&rejection)?;
         }
@@ -116,40 +209,110 @@ pub fn reject_all(corpus: &Corpus, chunker: &Chunker, ledger: &mut Ledger) -> Re
     })
 }
 
-/// Counts the corpus and keeps the `sample_size` distinct chunks that come first in the sampler's queue.
-pub fn survey(
-    corpus: &Corpus,
-    chunker: &Chunker,
-    max_chunks: Option<u64>,
-    sampler: &Sampler,
-    sample_size: usize,
-    progress: &Progress,
-    stop: &StopFlag,
-) -> Result<Survey, PipelineError> {
-    let mut survey = Survey::default();
-    progress.survey_bytes_total.store(corpus.total_bytes(), Ordering::Relaxed);
-    for_each_chunked(corpus, chunker, max_chunks, Some(&progress.survey_bytes), |entry| {
-        survey.read += 1;
-        if let Chunked::Document(_, chunks) = entry {
-            survey.documents += 1;
-            survey.chunks += chunks.len() as u64;
-            progress.documents.fetch_add(1, Ordering::Relaxed);
-            progress.chunks.fetch_add(chunks.len() as u64, Ordering::Relaxed);
-            for chunk in chunks {
-                keep_first(&mut survey.sample, sampler, sample_size, chunk.tokens);
-            }
-        }
-        Ok(!stop.is_set())
-    })?;
-    progress.chunks_total.store(survey.chunks, Ordering::Relaxed);
-    Ok(survey)
+/// What the survey works with.
+pub struct Surveyor<'a> {
+    /// The documents.
+    pub corpus: &'a Corpus,
+    /// Cuts them.
+    pub chunker: &'a Chunker,
+    /// Stop at the end of the document in which this many chunks are reached.
+    pub max_chunks: Option<u64>,
+    /// What the bank is to become.
+    pub mode: Mode,
+    /// Which chunks come first.
+    pub sampler: &'a Sampler,
+    /// How many to keep.
+    pub sample_size: usize,
+    /// Where everything is counted.
+    pub progress: &'a Progress,
+    /// Ends the pass early.
+    pub stop: &'a StopFlag,
 }
 
-fn keep_first(sample: &mut Sampled, sampler: &Sampler, size: usize, tokens: Vec<u32>) {
+impl Surveyor<'_> {
+    /// Counts the corpus, looks it up in the bank, and keeps the distinct chunks that come first in the sampler's queue.
+    ///
+    /// # Errors
+    /// The bank cannot be asked.
+    pub fn survey(&self, writer: Option<&mut BankWriter>) -> Result<Survey, PipelineError> {
+        let progress = self.progress;
+        let mut survey = Survey::default();
+        let mut ids = HashSet::new();
+        let mut contents = HashSet::new();
+        // Both closures ask the bank, one after the other.
+        let writer = std::cell::RefCell::new(writer);
+        let look = |document: &Document, text_hash| match writer.borrow_mut().as_deref_mut() {
+            Some(writer) => claim(writer, self.mode, &document.id, text_hash),
+            None if ids.insert(ContentHash::of_text(&document.id)) => Ok(Looked::Write { changed: false }),
+            None => Ok(Looked::Rejected(RejectReason::DuplicateId { first: None })),
+        };
+        progress.survey_bytes_total.store(self.corpus.total_bytes(), Ordering::Relaxed);
+        for_each_chunked(self.corpus, self.chunker, self.max_chunks, Some(&progress.survey_bytes), look, |entry| {
+            survey.read += 1;
+            let count = match entry {
+                Chunked::Rejected(rejection) => {
+                    survey.reject(rejection, writer.borrow().as_deref())?;
+                    return Ok(!self.stop.is_set());
+                }
+                Chunked::Present { chunks, .. } => {
+                    survey.unchanged += 1;
+                    survey.chunks_kept += chunks;
+                    chunks
+                }
+                Chunked::Document { changed, chunks, .. } => {
+                    *(if changed { &mut survey.changed } else { &mut survey.new }) += 1;
+                    let count = chunks.len() as u64;
+                    for chunk in chunks {
+                        let content = ContentHash::of_tokens(&chunk.tokens);
+                        let known = match writer.borrow().as_deref() {
+                            Some(writer) => writer.find(content)?.is_some(),
+                            None => false,
+                        };
+                        let encode = !known && contents.insert(content);
+                        *(if encode { &mut survey.chunks_to_encode } else { &mut survey.chunks_shared }) += 1;
+                        keep_first(&mut survey.sample, self.sampler, self.sample_size, content, chunk.tokens);
+                    }
+                    count
+                }
+            };
+            survey.chunks += count;
+            progress.documents.fetch_add(1, Ordering::Relaxed);
+            progress.chunks.fetch_add(count, Ordering::Relaxed);
+            Ok(!self.stop.is_set())
+        })?;
+        progress.chunks_total.store(survey.chunks, Ordering::Relaxed);
+        Ok(survey)
+    }
+}
+
+impl Survey {
+    /// Documents that can be used.
+    pub fn documents(&self) -> u64 {
+        self.new + self.changed + self.unchanged
+    }
+
+    fn reject(&mut self, rejection: Rejection, writer: Option<&BankWriter>) -> Result<(), PipelineError> {
+        self.rejected += 1;
+        match rejection.id {
+            Some(id) => {
+                if let Some(writer) = writer
+                    && writer.has_document(&id)?
+                {
+                    self.rejected_ids.insert(id);
+                }
+            }
+            // No document of the bank has such an id.
+            None if rejection.reason.has_no_id() => {}
+            None => self.blind += 1,
+        }
+        Ok(())
+    }
+}
+
+fn keep_first(sample: &mut Sampled, sampler: &Sampler, size: usize, content: ContentHash, tokens: Vec<u32>) {
     if size == 0 {
         return;
     }
-    let content = ContentHash::of_tokens(&tokens);
     let key = (sampler.priority(&content), content);
     if sample.len() >= size && sample.last_key_value().is_some_and(|(last, _)| key >= *last) {
         return;
@@ -170,7 +333,9 @@ mod tests {
         let chunks: Vec<Vec<u32>> = (0..1000).map(|i| vec![i % 700, 1]).collect();
         let keep = |size, chunks: &mut dyn Iterator<Item = &Vec<u32>>| {
             let mut sample = Sampled::new();
-            chunks.for_each(|chunk| keep_first(&mut sample, &sampler, size, chunk.clone()));
+            chunks.for_each(|chunk| {
+                keep_first(&mut sample, &sampler, size, ContentHash::of_tokens(chunk), chunk.clone())
+            });
             sample
         };
         let forward = keep(50, &mut chunks.iter());

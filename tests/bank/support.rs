@@ -141,6 +141,7 @@ pub fn input() -> PublishInput {
         retrieval: RetrievalSpec::Auto,
         tombstones: Vec::new(),
         quality: BTreeMap::from([("held_out_vectors".to_owned(), serde_json::json!(77))]),
+        keep_generations: 1000,
     }
 }
 
@@ -161,7 +162,7 @@ pub fn push(mut writer: BankWriter, docs: &[Doc], stop: Stop) -> Result<Option<B
     for doc in docs {
         let text_hash = ContentHash::of_text(&doc.text());
         match writer.claim_document(&doc.id, text_hash)? {
-            Claim::New => {}
+            Claim::New | Claim::Changed(_) => {}
             _ => continue,
         }
         let (mut chunks, mut end) = (Vec::new(), 0);
@@ -203,6 +204,23 @@ pub fn begin(dir: &Path, spec: &BankSpec) -> BankWriter {
 /// A whole uninterrupted run.
 pub fn compile(dir: &Path, docs: &[Doc], spec: &BankSpec) -> Manifest {
     push(begin(dir, spec), docs, Stop::Never).unwrap().unwrap().publish(input()).unwrap()
+}
+
+/// Makes the bank match the documents, as the pipeline does: what is not among them dies.
+pub fn sync(dir: &Path, docs: &[Doc], spec: &BankSpec, keep: u32) -> Manifest {
+    sync_with(begin(dir, spec), docs, keep).unwrap()
+}
+
+pub fn sync_with(mut writer: BankWriter, docs: &[Doc], keep_generations: u32) -> Result<Manifest, BankError> {
+    for doc in docs {
+        writer.claim_document(&doc.id, ContentHash::of_text(&doc.text()))?;
+    }
+    let tombstones = writer.unclaimed()?.into_iter().map(|vanished| vanished.row).collect();
+    writer.begin_pass()?;
+    match push(writer, docs, Stop::Never)? {
+        Some(writer) => writer.publish(PublishInput { tombstones, keep_generations, ..input() }),
+        None => unreachable!("nothing stops it"),
+    }
 }
 
 /// Does the bank hold exactly these documents, each with its chunks, texts, codes and vectors?

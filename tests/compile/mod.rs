@@ -3,5 +3,6 @@
 mod examples;
 mod hostile;
 mod identity;
+mod incremental;
 mod program;
 mod verbs;

@@ -72,9 +72,18 @@ impl Program {
         finished(args, self.compile_command(bank, args).output().unwrap())
     }
 
+    /// Another verb with the arguments of `compile`.
+    pub fn compile_verb(&self, verb: &str, bank: &str, args: &[&str]) -> Finished {
+        finished(args, self.verb_command(verb, bank, args).output().unwrap())
+    }
+
     /// [`Program::compile`], ready to run.
     pub fn compile_command(&self, bank: &str, args: &[&str]) -> Command {
-        let mut command = self.command(&["compile", "--model", "model", "--quiet", "--json", "--bank", bank]);
+        self.verb_command("compile", bank, args)
+    }
+
+    fn verb_command(&self, verb: &str, bank: &str, args: &[&str]) -> Command {
+        let mut command = self.command(&[verb, "--model", "model", "--quiet", "--json", "--bank", bank]);
         command.arg("--embedder").arg(tiny_encoder()).args(args);
         command
     }

@@ -1,0 +1,376 @@
+//! Writes shards anew: without what is dead (`compact`), without what is damaged (`repair`), or with other retrieval
+//! vectors (`--re-embed`). Nothing is encoded: codes, tokens and texts are copied.
+//!
+//! Comes in: a bank and the shards that are to go. Goes out: new shards with their records and rows, and a generation
+//! that has these instead. A row of another shard that uses a moved record is written anew too. What always holds: what
+//! is copied was checked against its checksums, so that damage is not signed anew; a mark in `index/rewrite.json` tells
+//! the next writer that unpublished shards are only copies, and may go.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::bank::adopt::{names, parse_name, set_aside_unpublished};
+use crate::bank::documents::{Chunk, RowId};
+use crate::bank::edit::BankEditor;
+use crate::bank::error::BankError;
+use crate::bank::io::{Io, write_file};
+use crate::bank::layout::{FORMAT_VERSION, SectionKind};
+use crate::bank::live::Live;
+use crate::bank::manifest::Manifest;
+use crate::bank::publish::{Parts, Publication};
+use crate::bank::sequence::ShardSequence;
+use crate::bank::shard::Shard;
+use crate::bank::tombstones::Tombstones;
+use crate::bank::writer::{BankSpec, NewDocument, NewRecord};
+use crate::fingerprint::Fingerprint;
+use crate::memory::RecordId;
+
+const FORMAT: &str = "memory3 rewrite";
+const NAME: &str = "rewrite.json";
+/// Records whose texts are embedded together.
+const BATCH: usize = 256;
+
+/// What is done with shards that an interrupted compile left unpublished: they may use records that move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leftovers {
+    /// Nothing is rewritten.
+    Refuse,
+    /// They get another name and are not used.
+    SetAside,
+}
+
+/// Makes retrieval vectors of texts, one after the other.
+pub type Embed<'a> = dyn FnMut(&[&str]) -> Result<Vec<f32>, Box<dyn std::error::Error + Send + Sync>> + 'a;
+
+/// Other retrieval vectors.
+pub struct NewVectors<'a> {
+    /// What they depend on.
+    pub embedder: Fingerprint,
+    /// Width of one.
+    pub dim: usize,
+    /// Makes them.
+    pub embed: &'a mut Embed<'a>,
+}
+
+/// A shard and how much of it is live.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ShardLife {
+    /// Its number.
+    pub shard: u32,
+    /// Its records.
+    pub records: u64,
+    /// Those that a live document uses.
+    pub live: u64,
+    /// Length of its file.
+    pub bytes: u64,
+}
+
+/// What [`BankEditor::compact`] does, or would do.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Compaction {
+    /// The shards that are rewritten.
+    pub shards: Vec<ShardLife>,
+    /// Bytes of all shards before.
+    pub bytes_before: u64,
+    /// Bytes of all shards after; an estimate in a dry run.
+    pub bytes_after: u64,
+    /// Generation that was published, if there was anything to do.
+    pub generation: Option<u64>,
+}
+
+/// Says that unpublished shards are copies.
+#[derive(Debug, Serialize, Deserialize)]
+struct Mark {
+    format: String,
+    version: u32,
+    /// The generation that is being rewritten.
+    generation: u64,
+}
+
+/// Removes what an interrupted rewriting left. The caller holds the lock.
+pub(crate) fn sweep_copies(io: &dyn Io, dir: &Path, manifest: &Manifest) -> Result<(), BankError> {
+    let (index_dir, shards_dir) = (dir.join("index"), dir.join("shards"));
+    let path = index_dir.join(NAME);
+    let bytes = match fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(source) => return Err(BankError::Io { path, action: "read", source }),
+    };
+    let mark: Mark = serde_json::from_slice(&bytes).map_err(|source| BankError::Json { path: path.clone(), source })?;
+    let remove = |path: &Path| io.remove(path).map_err(BankError::io(path, "remove"));
+    // After its publication the mark is only late.
+    if mark.generation == manifest.generation && shards_dir.exists() {
+        for name in names(&shards_dir)? {
+            if parse_name(&name).is_some_and(|(number, part)| !part && number >= manifest.next_shard) {
+                remove(&shards_dir.join(name))?;
+            }
+        }
+        io.sync_dir(&shards_dir).map_err(BankError::io(&shards_dir, "sync"))?;
+    }
+    remove(&path)?;
+    io.sync_dir(&index_dir).map_err(BankError::io(&index_dir, "sync"))
+}
+
+impl BankEditor {
+    /// How much of each shard is live.
+    ///
+    /// # Errors
+    /// [`BankError::Corrupt`].
+    pub fn life(&self) -> Result<Vec<ShardLife>, BankError> {
+        let live = Live::of(&self.shards, &self.tombstones)?;
+        let life = self.shards.values().map(|shard| ShardLife {
+            shard: shard.number(),
+            records: u64::from(shard.records()),
+            live: live.slots(shard).len() as u64,
+            bytes: shard.bytes(),
+        });
+        Ok(life.collect())
+    }
+
+    /// The shards whose live share is below `live_below`, and what rewriting them would leave.
+    ///
+    /// # Errors
+    /// [`BankError::Corrupt`].
+    pub fn plan_compaction(&self, live_below: f64) -> Result<Compaction, BankError> {
+        // Shares of counts, and sizes for people: below 2^53.
+        #[allow(clippy::cast_precision_loss)]
+        let share = |life: &ShardLife| match life.records {
+            0 => self.live_rows(life.shard) as f64 / f64::from(self.shards[&life.shard].documents().max(1)),
+            records => life.live as f64 / records as f64,
+        };
+        let (rewritten, kept): (Vec<_>, Vec<_>) = self.life()?.into_iter().partition(|life| share(life) < live_below);
+        let bytes = |shards: &[ShardLife]| shards.iter().map(|life| life.bytes).sum::<u64>();
+        // Rounded for people.
+        #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        let left: u64 = rewritten.iter().map(|life| (life.bytes as f64 * share(life)) as u64).sum();
+        Ok(Compaction {
+            bytes_before: bytes(&kept) + bytes(&rewritten),
+            bytes_after: bytes(&kept) + left,
+            shards: rewritten,
+            generation: None,
+        })
+    }
+
+    fn live_rows(&self, number: u32) -> u64 {
+        let rows = 0..self.shards.get(&number).map_or(0, Shard::documents);
+        rows.filter(|&row| !self.tombstones.contains(RowId { shard: number, row })).count() as u64
+    }
+
+    /// Rewrites the shards whose live share is below `live_below`, and publishes. A new shard takes at most
+    /// `records_per_shard` records.
+    ///
+    /// # Errors
+    /// [`BankError::UnpublishedWork`] unless leftovers may be set aside; [`BankError::Corrupt`] if what is to be copied is
+    /// damaged.
+    pub fn compact(
+        self,
+        live_below: f64,
+        records_per_shard: u32,
+        leftovers: Leftovers,
+    ) -> Result<(Compaction, Manifest), BankError> {
+        let mut compaction = self.plan_compaction(live_below)?;
+        if compaction.shards.is_empty() {
+            return Ok((compaction, self.manifest));
+        }
+        let live = Live::of(&self.shards, &self.tombstones)?;
+        let choice = Choice {
+            shards: compaction.shards.iter().map(|life| life.shard).collect(),
+            goes_along: &|record| live.contains(record),
+            untrusted_rows: BTreeSet::new(),
+            may_lose: false,
+            check: true,
+        };
+        let (manifest, _) = self.rewrite(choice, records_per_shard, leftovers, None)?;
+        compaction.bytes_after = manifest.shards.iter().map(|entry| entry.bytes).sum();
+        compaction.generation = Some(manifest.generation);
+        Ok((compaction, manifest))
+    }
+
+    /// Rewrites all shards with other retrieval vectors, and publishes.
+    ///
+    /// # Errors
+    /// As [`BankEditor::compact`]; [`BankError::Embed`].
+    pub fn re_embed(
+        self,
+        vectors: NewVectors<'_>,
+        records_per_shard: u32,
+        leftovers: Leftovers,
+    ) -> Result<Manifest, BankError> {
+        let live = Live::of(&self.shards, &self.tombstones)?;
+        let choice = Choice {
+            shards: self.shards.keys().copied().collect(),
+            goes_along: &|record| live.contains(record),
+            untrusted_rows: BTreeSet::new(),
+            may_lose: false,
+            check: true,
+        };
+        Ok(self.rewrite(choice, records_per_shard, leftovers, Some(vectors))?.0)
+    }
+
+    /// Writes the chosen shards anew and publishes; also returns the ids of the documents that were lost.
+    pub(crate) fn rewrite(
+        self,
+        choice: Choice<'_>,
+        records_per_shard: u32,
+        leftovers: Leftovers,
+        mut vectors: Option<NewVectors<'_>>,
+    ) -> Result<(Manifest, Vec<String>), BankError> {
+        let Self { lock, io, manifest, shards, tombstones, keep } = self;
+        let dir = lock.dir();
+        set_aside_unpublished(&*io, dir, &manifest, leftovers)?;
+        if choice.check {
+            for (number, shard) in &shards {
+                check_sections(shard, choice.shards.contains(number))?;
+            }
+        }
+        let mark = Mark { format: FORMAT.to_owned(), version: FORMAT_VERSION, generation: manifest.generation };
+        let path = dir.join("index").join(NAME);
+        let bytes = serde_json::to_vec(&mark).map_err(|source| BankError::Json { path: path.clone(), source })?;
+        write_file(&*io, &dir.join("index"), NAME, &bytes)?;
+
+        let mut spec = BankSpec { records_per_shard, ..BankSpec::of(&manifest) };
+        if let Some(vectors) = &vectors {
+            (spec.embedder, spec.vector_dim) = (vectors.embedder.clone(), vectors.dim);
+        }
+        let stays = |number: &u32| !choice.shards.contains(number);
+        let mut entries = manifest.shards.clone();
+        entries.retain(|entry| stays(&entry.number));
+        let reopened =
+            entries.iter().map(|entry| Ok((entry.number, Shard::open(&dir.join("shards").join(&entry.file))?)));
+        let reopened = reopened.collect::<Result<BTreeMap<_, _>, BankError>>()?;
+        let sequence = ShardSequence::new(Arc::clone(&io), dir, spec, reopened, entries, manifest.next_shard);
+        let mut copy = Copy { sequence, moved: HashMap::new(), dead: Vec::new(), lost: Vec::new() };
+        copy.dead.extend(tombstones.rows().iter().filter(|row| stays(&row.shard)));
+        for (number, shard) in &shards {
+            if !stays(number) {
+                copy.records(shard, &choice, vectors.as_mut())?;
+            }
+            copy.rows(shard, &choice, &tombstones)?;
+        }
+        copy.sequence.close()?;
+        let publication = Publication { io: &*io, dir, published: Some(&manifest) };
+        let next = publication.publish(&copy.sequence, Tombstones::new(copy.dead), Parts::of(&manifest), keep)?;
+        // A late mark does no harm.
+        if let Err(error) = io.remove(&path) {
+            tracing::warn!("{}: cannot be removed: {error}; the next writer does it", path.display());
+        }
+        Ok((next, copy.lost))
+    }
+}
+
+/// Which shards are written anew, and what of them.
+pub(crate) struct Choice<'a> {
+    pub(crate) shards: BTreeSet<u32>,
+    /// Whether a record of these shards is copied.
+    pub(crate) goes_along: &'a dyn Fn(RecordId) -> bool,
+    /// Those of the shards whose document rows are not copied.
+    pub(crate) untrusted_rows: BTreeSet<u32>,
+    /// Documents that use a record which is not copied are dropped; otherwise they are an error.
+    pub(crate) may_lose: bool,
+    /// Check what is copied against the checksums; the caller has done it otherwise.
+    pub(crate) check: bool,
+}
+
+/// Everything that is copied from a shard is what was written: all sections, or only those of the documents.
+fn check_sections(shard: &Shard, all: bool) -> Result<(), BankError> {
+    for kind in SectionKind::ALL {
+        let documents = matches!(kind, SectionKind::DocumentOffsets | SectionKind::Documents | SectionKind::Uses);
+        if !all && !documents {
+            continue;
+        }
+        let (bytes, expected) = shard.section_hash(kind);
+        let found = blake3::Hasher::new().update_rayon(bytes).finalize();
+        if found != expected {
+            return Err(shard.corrupt(shard.section_range(kind).start, kind.name(), expected.to_hex(), found.to_hex()));
+        }
+    }
+    Ok(())
+}
+
+/// A rewriting under way.
+struct Copy {
+    sequence: ShardSequence,
+    moved: HashMap<RecordId, RecordId>,
+    dead: Vec<RowId>,
+    lost: Vec<String>,
+}
+
+impl Copy {
+    fn records(
+        &mut self,
+        shard: &Shard,
+        choice: &Choice<'_>,
+        mut vectors: Option<&mut NewVectors<'_>>,
+    ) -> Result<(), BankError> {
+        let id = |slot: u32| RecordId { shard: shard.number(), slot };
+        let slots: Vec<u32> = (0..shard.records()).filter(|&slot| (choice.goes_along)(id(slot))).collect();
+        for batch in slots.chunks(BATCH) {
+            let texts = batch.iter().map(|&slot| shard.text(slot)).collect::<Result<Vec<_>, _>>()?;
+            let made = match vectors.as_deref_mut() {
+                None => None,
+                Some(NewVectors { dim, embed, .. }) => {
+                    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+                    let made =
+                        embed(&texts).map_err(|source| BankError::Embed { path: shard.path().to_owned(), source })?;
+                    if made.len() != *dim * batch.len() {
+                        return Err(BankError::bad_input("numbers of vectors", *dim * batch.len(), made.len()));
+                    }
+                    Some((*dim, made))
+                }
+            };
+            for (at, (&slot, text)) in batch.iter().zip(&texts).enumerate() {
+                let record = shard.record(slot)?;
+                let new: NewRecord<'_> = match &made {
+                    Some((dim, made)) => NewRecord { vector: &made[at * dim..(at + 1) * dim], ..record.as_new(text) },
+                    None => record.as_new(text),
+                };
+                self.moved.insert(id(slot), self.sequence.push_record(&new)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the live rows of a shard anew that lie in it or use a record that has moved. All records that they use come
+    /// before them, because a row's records are in its own shard or an earlier one.
+    fn rows(&mut self, shard: &Shard, choice: &Choice<'_>, tombstones: &Tombstones) -> Result<(), BankError> {
+        if choice.untrusted_rows.contains(&shard.number()) {
+            return Ok(());
+        }
+        let stays = !choice.shards.contains(&shard.number());
+        for row in 0..shard.documents() {
+            let place = RowId { shard: shard.number(), row };
+            if tombstones.contains(place) {
+                continue;
+            }
+            let document = shard.document(row)?;
+            let in_place = |chunk: &Chunk| !choice.shards.contains(&chunk.record.shard);
+            if stays && document.chunks().all(|chunk| in_place(&chunk)) {
+                continue;
+            }
+            if stays {
+                self.dead.push(place);
+            }
+            let renamed = |chunk: Chunk| match self.moved.get(&chunk.record) {
+                Some(&record) => Some(Chunk { record, ..chunk }),
+                None => in_place(&chunk).then_some(chunk),
+            };
+            match document.chunks().map(renamed).collect::<Option<Vec<Chunk>>>() {
+                Some(chunks) => {
+                    let (id, text_hash) = (document.id.to_owned(), document.text_hash);
+                    self.sequence.push_document(&NewDocument { id, text_hash, chunks })?;
+                }
+                None if choice.may_lose => self.lost.push(document.id.to_owned()),
+                None => {
+                    let found = format!("document {:?} with a record that is not copied", document.id);
+                    return Err(BankError::bad_input("record of a chunk", "a record that moves", found));
+                }
+            }
+        }
+        Ok(())
+    }
+}
