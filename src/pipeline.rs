@@ -11,12 +11,14 @@ use std::time::Instant;
 mod codec_training;
 mod plan;
 mod progress;
+mod reencode;
 mod report;
 mod stages;
 mod survey;
 
 pub use plan::{Mode, Plan};
 pub use progress::{Phase, Progress, StageMeter, StopFlag};
+pub use reencode::{Differing, Reencoding, reencode};
 pub use report::{BankReport, ChunkCounts, DocumentCounts, RunReport, StageReport};
 
 use crate::bank::{
@@ -472,7 +474,7 @@ fn usable_draft(config: &Config, dir: &Path) -> Result<Option<Draft>, PipelineEr
     let shards = bank::has_shards(dir)?;
     let draft = match Draft::read(dir) {
         Ok(Some(draft)) => draft,
-        Ok(None) if Manifest::generation_path(dir, 1).exists() => {
+        Ok(None) if !bank::kept_generations(dir)?.is_empty() => {
             return Err(BankError::ManifestLost { path: Manifest::path(dir) }.into());
         }
         Ok(None) => return Ok(None),

@@ -141,7 +141,8 @@ pub(crate) fn read_tombstones(dir: &Path, manifest: &Manifest) -> Result<Tombsto
 /// left stays.
 pub(crate) fn sweep(io: &dyn Io, dir: &Path, manifest: &Manifest) -> Result<(), BankError> {
     sweep_copies(io, dir, manifest)?;
-    for folder in [dir.join("index"), dir.join("index/generations"), dir.join("shards")] {
+    let folders = [dir.join("index"), dir.join("index/generations"), dir.join("shards")];
+    for folder in folders.into_iter().filter(|folder| folder.exists()) {
         for name in names(&folder)?.iter().filter(|name| name.ends_with(".tmp")) {
             remove(io, folder.join(name), Refusal::Unfinished, &mut Startup::default())?;
         }

@@ -43,6 +43,17 @@ impl Catalog {
         dir.join("index").join("catalog")
     }
 
+    /// Removes the catalog of the bank in `dir`, which has dropped shards that it knows: the next writer builds it. One
+    /// that stays behind is found to be of other shards.
+    pub(crate) fn discard(dir: &Path) {
+        let path = Self::path(dir);
+        if path.exists()
+            && let Err(error) = fs::remove_dir_all(&path)
+        {
+            tracing::warn!("{}: cannot be removed: {error}; the next compile builds it anew", path.display());
+        }
+    }
+
     /// Opens or creates the catalog of the bank in `dir`. A damaged one is deleted. The caller holds the bank's lock.
     ///
     /// # Errors

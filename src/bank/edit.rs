@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::bank::adopt::{open_listed, read_tombstones, sweep};
+use crate::bank::catalog::Catalog;
 use crate::bank::documents::RowId;
 use crate::bank::error::BankError;
 use crate::bank::io::{DiskIo, Io};
@@ -136,11 +137,7 @@ impl BankEditor {
     pub fn rollback(self, generation: Option<u64>) -> Result<(u64, Manifest), BankError> {
         let dir = self.dir();
         let Some(generation) = generation.or(self.manifest.parent) else {
-            return Err(BankError::NoGeneration {
-                path: dir.to_owned(),
-                generation: 0,
-                kept: vec![self.manifest.generation],
-            });
+            return Err(BankError::NoParent { path: dir.to_owned(), generation: self.manifest.generation });
         };
         let old = read_kept(dir, generation)?;
         let broken = broken_files(dir, &old);
@@ -149,7 +146,9 @@ impl BankEditor {
         }
         let next = Manifest { next_shard: old.next_shard.max(self.manifest.next_shard), ..old };
         let publication = Publication { io: &*self.io, dir, published: Some(&self.manifest) };
-        Ok((generation, publication.commit(next, self.keep)?))
+        let next = publication.commit(next, self.keep)?;
+        Catalog::discard(dir);
+        Ok((generation, next))
     }
 }
 

@@ -71,7 +71,7 @@ pub enum BankError {
     },
     /// A folder that has published generations but no manifest.
     #[error(
-        "{}: lost; copy the newest file of index/generations/ there, or compile into a new folder",
+        "{}: lost; `memory3 repair` restores it from index/generations/",
         path.display()
     )]
     ManifestLost {
@@ -111,7 +111,7 @@ pub enum BankError {
         differences: Vec<FieldDifference>,
     },
     /// JSON that does not parse.
-    #[error("{}: {source}; restore the file from index/generations/ or compile again", path.display())]
+    #[error("{}: {source}; restore the file from a copy, or run `memory3 repair`", path.display())]
     Json {
         /// The file.
         path: PathBuf,
@@ -203,6 +203,14 @@ pub enum BankError {
         path: PathBuf,
         /// The shards.
         files: Vec<String>,
+    },
+    /// There is nothing to go back to.
+    #[error("{}: generation {generation} is the first, there is none before it; nothing was changed", path.display())]
+    NoParent {
+        /// The bank.
+        path: PathBuf,
+        /// The published generation.
+        generation: u64,
     },
     /// Other retrieval vectors could not be made.
     #[error("{}: its texts cannot be embedded: {source}; the published generation stays", path.display())]

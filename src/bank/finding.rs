@@ -22,6 +22,10 @@ pub enum Finding {
     ManifestCopy { path: PathBuf, copy: PathBuf },
     /// The manifest counts something else than the shards hold.
     Count { path: PathBuf, what: &'static str, expected: u64, found: u64 },
+    /// The codec cannot be read from its files.
+    CodecUnreadable { error: BankError },
+    /// The codec's files are whole, but they are not the codec that the records were written with.
+    ForeignCodec { path: PathBuf, expected: String, found: String },
     /// A shard's header or footer is damaged; nothing in it can be checked.
     ShardUnreadable { error: BankError },
     /// A shard belongs to another place or another bank.
@@ -86,7 +90,11 @@ impl fmt::Display for Finding {
             Self::Count { path, what, expected, found } => {
                 write!(f, "{}: {what}: the manifest says {expected}, there are {found}", path.display())
             }
+            Self::ForeignCodec { path, expected, found } => {
+                write!(f, "{}: codec {found}, the records were written with {expected}", path.display())
+            }
             Self::ShardUnreadable { error }
+            | Self::CodecUnreadable { error }
             | Self::RetrievalUnreadable { error }
             | Self::TombstonesUnreadable { error } => error.fmt(f),
             Self::ForeignShard { path, what, expected, found } => {

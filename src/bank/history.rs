@@ -10,7 +10,7 @@ use std::time::SystemTime;
 
 use crate::bank::error::BankError;
 use crate::bank::manifest::Manifest;
-use crate::bank::retention::{listed, read_kept};
+use crate::bank::retention::{kept_generations, read_kept};
 
 /// A kept generation.
 #[derive(Debug)]
@@ -52,7 +52,7 @@ pub fn generations(dir: &Path) -> Result<Vec<Generation>, BankError> {
     let current = Manifest::read(dir)?.generation;
     let mut all: Vec<Generation> = Vec::new();
     // What lies above the published generation was never published.
-    for number in listed(dir)?.into_iter().filter(|&number| number <= current) {
+    for number in kept_generations(dir)?.into_iter().filter(|&number| number <= current) {
         let path = Manifest::generation_path(dir, number);
         let modified = fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
         let manifest = read_kept(dir, number);

@@ -22,7 +22,7 @@ use crate::bank::layout::SectionKind;
 use crate::bank::lock::BankLock;
 use crate::bank::manifest::{FileEntry, Manifest};
 use crate::bank::publish::{Parts, Publication, is_whole};
-use crate::bank::retention::{listed, read_kept};
+use crate::bank::retention::{kept_generations, read_kept};
 use crate::bank::retrieval::RetrievalIndex;
 use crate::bank::rewrite::{Choice, Leftovers};
 use crate::bank::sequence::ShardSequence;
@@ -132,7 +132,7 @@ fn restore_manifest(io: &dyn Io, dir: &Path, repair: &mut Repair) -> Result<Mani
     let manifest = match Manifest::read(dir) {
         Ok(manifest) => manifest,
         Err(error @ (BankError::NotABank { .. } | BankError::Json { .. } | BankError::Corrupt { .. })) => {
-            let numbers = listed(dir)?;
+            let numbers = kept_generations(dir)?;
             let newest = numbers.iter().rev().find_map(|&number| read_kept(dir, number).ok());
             let Some(mut manifest) = newest else { return Err(error) };
             let from = manifest.generation;

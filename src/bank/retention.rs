@@ -20,7 +20,7 @@ use crate::bank::manifest::Manifest;
 ///
 /// # Errors
 /// [`BankError::Io`].
-pub(crate) fn listed(dir: &Path) -> Result<Vec<u64>, BankError> {
+pub fn kept_generations(dir: &Path) -> Result<Vec<u64>, BankError> {
     let folder = dir.join("index").join("generations");
     if !folder.exists() {
         return Ok(Vec::new());
@@ -41,7 +41,7 @@ pub(crate) fn listed(dir: &Path) -> Result<Vec<u64>, BankError> {
 pub(crate) fn read_kept(dir: &Path, generation: u64) -> Result<Manifest, BankError> {
     let path = Manifest::generation_path(dir, generation);
     if !path.exists() {
-        return Err(BankError::NoGeneration { path: dir.to_owned(), generation, kept: listed(dir)? });
+        return Err(BankError::NoGeneration { path: dir.to_owned(), generation, kept: kept_generations(dir)? });
     }
     let bytes = fs::read(&path).map_err(BankError::io(&path, "read"))?;
     let manifest = Manifest::parse(&path, &bytes)?;
@@ -56,7 +56,7 @@ pub(crate) fn read_kept(dir: &Path, generation: u64) -> Result<Manifest, BankErr
 /// # Errors
 /// [`BankError::Io`]; a kept manifest that cannot be read.
 pub(crate) fn retain(io: &dyn Io, dir: &Path, current: &Manifest, keep: u32) -> Result<(), BankError> {
-    let numbers = listed(dir)?;
+    let numbers = kept_generations(dir)?;
     let published: Vec<u64> = numbers.iter().copied().filter(|&number| number <= current.generation).collect();
     let old = published.len().saturating_sub(keep.max(1) as usize);
     let remove = |path: &Path| io.remove(path).map_err(BankError::io(path, "remove"));

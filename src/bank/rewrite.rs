@@ -15,6 +15,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::bank::adopt::{names, parse_name, set_aside_unpublished};
+use crate::bank::catalog::Catalog;
 use crate::bank::documents::{Chunk, RowId};
 use crate::bank::edit::BankEditor;
 use crate::bank::error::BankError;
@@ -255,6 +256,7 @@ impl BankEditor {
         copy.sequence.close()?;
         let publication = Publication { io: &*io, dir, published: Some(&manifest) };
         let next = publication.publish(&copy.sequence, Tombstones::new(copy.dead), Parts::of(&manifest), keep)?;
+        Catalog::discard(dir);
         // A late mark does no harm.
         if let Err(error) = io.remove(&path) {
             tracing::warn!("{}: cannot be removed: {error}; the next writer does it", path.display());

@@ -31,11 +31,13 @@ pub struct VerifyOptions {
     pub retrieval: bool,
     /// Open the catalog and compare it with the shards.
     pub catalog: bool,
+    /// Open the codec and compare it with the fingerprint.
+    pub codec: bool,
 }
 
 impl Default for VerifyOptions {
     fn default() -> Self {
-        Self { retrieval: true, catalog: true }
+        Self { retrieval: true, catalog: true, codec: false }
     }
 }
 
@@ -68,23 +70,41 @@ impl Report {
 /// # Errors
 /// Only if the manifest cannot be read: then there is nothing to compare with.
 pub fn verify(dir: &Path, options: VerifyOptions) -> Result<Report, BankError> {
-    let manifest = Manifest::read(dir)?;
-    let mut check = Check { dir, manifest: &manifest, report: Report::default(), shards: BTreeMap::new() };
+    let mut manifest = Manifest::read(dir)?;
+    loop {
+        let report = verify_generation(dir, &manifest, options);
+        if report.is_clean() {
+            return Ok(report);
+        }
+        // What is missing may have gone with its generation while it was checked.
+        let now = Manifest::read(dir)?;
+        if now.generation == manifest.generation {
+            return Ok(report);
+        }
+        manifest = now;
+    }
+}
+
+fn verify_generation(dir: &Path, manifest: &Manifest, options: VerifyOptions) -> Report {
+    let mut check = Check { dir, manifest, report: Report::default(), shards: BTreeMap::new() };
     check.manifest_copy();
     check.shard_files();
     check.index_files();
+    if options.codec {
+        check.codec();
+    }
     let tombstones = check.tombstones();
     check.shard_contents(&tombstones);
     // What follows needs all shards.
     if check.shards.len() != manifest.shards.len() {
         check.skip("counts, retrieval index and catalog: not all shards could be opened");
-        return Ok(check.report);
+        return check.report;
     }
     let live = match Live::of(&check.shards, &tombstones) {
         Ok(live) => live,
         Err(_) => {
             check.skip("counts, retrieval index and catalog: a document names a record that there is not");
-            return Ok(check.report);
+            return check.report;
         }
     };
     check.counts(&live);
@@ -94,7 +114,7 @@ pub fn verify(dir: &Path, options: VerifyOptions) -> Result<Report, BankError> {
     if options.catalog {
         check.catalog();
     }
-    Ok(check.report)
+    check.report
 }
 
 struct Check<'a> {
@@ -145,6 +165,20 @@ impl Check<'_> {
     fn index_files(&mut self) {
         for (role, entry) in self.manifest.index_files() {
             self.file(self.dir.join("index").join(&entry.file), role, entry.bytes, &entry.blake3);
+        }
+    }
+
+    /// The codec's files may be whole and still be another codec's.
+    fn codec(&mut self) {
+        let (path, manifest) = (Manifest::path(self.dir), self.manifest);
+        match manifest.codec.open(self.dir, &path, manifest.shape.memory) {
+            Err(error) => self.find(Finding::CodecUnreadable { error }),
+            Ok(codec) => {
+                let (expected, found) = (manifest.fingerprint.get("codec").unwrap_or_default(), codec.fingerprint());
+                if expected != found {
+                    self.find(Finding::ForeignCodec { path, expected: expected.to_owned(), found });
+                }
+            }
         }
     }
 

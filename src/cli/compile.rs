@@ -217,10 +217,13 @@ impl RunArgs {
                 let locked = matches!(error, PipelineError::Bank(BankError::Locked { .. }));
                 let error = anyhow::Error::from(error);
                 let described = output::describe(&error);
-                telling.finish(Err(&described), Outcome::FAILED)?;
-                if !locked {
-                    let failed = FailedReport { version: env!("CARGO_PKG_VERSION"), error: described };
-                    write_report(&(serde_json::to_string_pretty(&failed)? + "\n"))?;
+                let failed = FailedReport { version: env!("CARGO_PKG_VERSION"), error: &described };
+                let report = serde_json::to_string_pretty(&failed)? + "\n";
+                let told = telling.finish(Err(&described), Outcome::FAILED);
+                let told = told.and(if locked { Ok(()) } else { write_report(&report) });
+                // On a full disk this fails too; the first cause is the one to know.
+                if let Err(untold) = told {
+                    tracing::warn!("{}", output::describe(&untold));
                 }
                 return Err(error);
             }
@@ -242,9 +245,9 @@ impl RunArgs {
 
 /// The run report of a run that failed.
 #[derive(serde::Serialize)]
-struct FailedReport {
+struct FailedReport<'a> {
     version: &'static str,
-    error: String,
+    error: &'a str,
 }
 
 impl RunArgs {

@@ -82,8 +82,13 @@ impl Plan {
             chunks_kept: survey.chunks_kept,
             ..Self::default()
         };
-        let (Some(writer), Mode::Match { allow_shrink }) = (writer, mode) else { return Ok(plan) };
+        let Some(writer) = writer else { return Ok(plan) };
         let unclaimed = writer.unclaimed()?;
+        let Mode::Match { allow_shrink } = mode else {
+            // Documents that another, interrupted run has left were never published, and nobody asked for them here.
+            plan.dead = unclaimed.into_iter().filter(|one| !one.published).map(|one| one.row).collect();
+            return Ok(plan);
+        };
         let (rejected, missing): (Vec<Vanished>, Vec<Vanished>) =
             unclaimed.into_iter().partition(|document| survey.rejected_ids.contains(&document.id));
         if !rejected.is_empty() {

@@ -10,7 +10,7 @@ use memory3::memory::RecordId;
 
 use super::support::*;
 
-const QUICK: VerifyOptions = VerifyOptions { retrieval: false, catalog: false };
+const QUICK: VerifyOptions = VerifyOptions { retrieval: false, catalog: false, codec: false };
 
 fn small_bank() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();

@@ -165,6 +165,7 @@ fn a_rollback_is_a_new_generation_and_ids_are_never_used_again() {
     let dir = tempfile::tempdir().unwrap();
     let docs = corpus(57, 80);
     let first = compile(dir.path(), &docs[..30], &spec(20));
+    assert!(matches!(edit(dir.path()).rollback(None), Err(BankError::NoParent { generation: 1, .. })));
     let second = sync(dir.path(), &docs[..55], &spec(20), 1000);
     let old = Bank::open(dir.path()).unwrap();
     let (_, third) = edit(dir.path()).rollback(None).unwrap();
