@@ -24,3 +24,9 @@ cuda:
 # A bank of 400 000 records, for figures: too long for `check`
 scale:
     cargo test --locked --test suite scale -- --ignored --nocapture
+
+# Kill compiles at random moments for some minutes, with a reader beside them; nothing may be lost
+soak:
+    cargo build --locked
+    python3 tools/soak.py --memory3 target/debug/memory3 --codec none
+    python3 tools/soak.py --memory3 target/debug/memory3 --codec PQ10x4 --seed 2
