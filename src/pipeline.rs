@@ -4,150 +4,35 @@
 //! unless every stage has finished; a run that was stopped or killed leaves its finished shards for the next one.
 //! The stages themselves are in their own folders; here is only their order.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 mod codec_training;
+mod error;
 mod plan;
 mod progress;
 mod reencode;
 mod report;
+mod settled;
 mod stages;
 mod survey;
 
+pub use error::{Origin, PipelineError};
 pub use plan::{Mode, Plan};
 pub use progress::{Phase, Progress, StageMeter, StopFlag};
 pub use reencode::{Differing, Reencoding, reencode};
 pub use report::{BankReport, ChunkCounts, DocumentCounts, RunReport, StageReport};
 
-use crate::bank::{
-    self, BankEditor, BankError, BankLock, BankShape, BankSpec, BankWriter, DiskIo, Draft, Leftovers, Manifest,
-    NewVectors, PublishInput, RetrievalSpec,
-};
-use crate::codec::{CodecError as CodecFault, CodecSet};
+use crate::bank::{BankLock, BankWriter, DiskIo, Manifest, PublishInput, RetrievalSpec};
 use crate::config::Config;
-use crate::corpus::{Chunker, Corpus, CorpusError, CorpusOptions, Ledger, Skipped, Source};
-use crate::embed::{self, EmbedError, TextEmbedder};
-use crate::fingerprint::{FieldDifference, Fingerprint};
-use crate::memory::ContentHash;
-use crate::model::{self, DType, Device, MemoryEncoder, MemorySpec, ModelConfig, ModelError, ParseDeviceError};
+use crate::corpus::{Chunker, Corpus, CorpusOptions, Ledger, Skipped};
+use crate::embed::{self, TextEmbedder};
+use crate::model::{self, DType, Device, MemoryEncoder, MemorySpec, ModelConfig, ParseDeviceError};
 use codec_training::{ChosenCodec, TrainingPlan};
+use settled::{bank_spec, re_embed, settled_codec};
 use stages::{Stages, Totals};
 use survey::Surveyor;
-
-/// Why a compile could not finish.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum PipelineError {
-    /// The corpus cannot be opened or chunked.
-    #[error(transparent)]
-    Corpus(#[from] CorpusError),
-    /// The decoder cannot be used.
-    #[error(transparent)]
-    Model(#[from] ModelError),
-    /// The quantizer cannot be trained or read.
-    #[error(transparent)]
-    Codec(#[from] CodecFault),
-    /// The text encoder cannot be used.
-    #[error(transparent)]
-    Embed(#[from] EmbedError),
-    /// The bank cannot be written.
-    #[error(transparent)]
-    Bank(#[from] BankError),
-    /// A device or number format does not exist.
-    #[error("{key}: {source}")]
-    Device {
-        /// The setting.
-        key: &'static str,
-        /// What is wrong with it.
-        source: ParseDeviceError,
-    },
-    /// There is nothing to compile.
-    #[error("no document can be compiled: {read} entries were read, all rejected; the reasons are in {}", ledger.display())]
-    NothingToCompile {
-        /// Entries read.
-        read: u64,
-        /// Where the reasons are listed.
-        ledger: PathBuf,
-    },
-    /// A file of the run, not of the bank, cannot be written.
-    #[error("{}: {source}; check that the folder can be written to", path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// The bank's retrieval vectors were made by another text encoder.
-    #[error(
-        "{}: its retrieval vectors were made by another text encoder: {}; name that one with --embedder, or make the \
-         vectors anew with `memory3 compile --re-embed` (nothing is encoded again)",
-        path.display(), differences.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
-    )]
-    OtherEmbedder {
-        /// The bank's manifest.
-        path: PathBuf,
-        /// Each field that differs.
-        differences: Vec<FieldDifference>,
-    },
-    /// More documents would vanish than the settings allow.
-    #[error("{reason}; nothing was changed")]
-    Shrink {
-        /// How many, some of them, and what to do.
-        reason: String,
-    },
-    /// Only `compile` may replace documents, and an interrupted one has begun to.
-    #[error(
-        "{}: an interrupted compile has left documents that replace others, and append only adds; \
-         give the compile command again to finish it", bank.display()
-    )]
-    Unfinished {
-        /// The bank.
-        bank: PathBuf,
-    },
-    /// The model cannot encode a document.
-    #[error("{origin}, chunk {chunk}: {source}")]
-    Encode {
-        /// The document.
-        origin: Arc<Origin>,
-        /// Number of the chunk in the document, from 0.
-        chunk: usize,
-        /// What is wrong with one of its chunks.
-        source: ModelError,
-    },
-    /// A stage returned fewer results than it was given chunks.
-    #[error("stage {stage} returned too few results for a batch of {chunks} chunks; this is a defect of memory3")]
-    StageOutput {
-        /// The stage.
-        stage: &'static str,
-        /// Chunks of the batch.
-        chunks: usize,
-    },
-    /// A record that was written cannot be found again.
-    #[error("chunk {content} was written but is not in the catalog; delete index/catalog and run again")]
-    LostRecord {
-        /// Hash of the chunk's token ids.
-        content: ContentHash,
-    },
-}
-
-/// A document, for messages.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Origin {
-    /// Its id.
-    pub id: String,
-    /// Where it stands.
-    pub source: Source,
-}
-
-impl std::fmt::Display for Origin {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "document {:?} ({}", self.id, self.source.path.display())?;
-        self.source.line.map_or(Ok(()), |line| write!(f, ":{line}"))?;
-        f.write_str(")")
-    }
-}
 
 /// Everything that a run opens before it begins.
 struct Opened {
@@ -318,35 +203,6 @@ pub fn compile(
     Ok(run.published(totals, &manifest))
 }
 
-/// Rewrites the shards of the bank with vectors of the opened text encoder, unless it made those that are there.
-fn re_embed(config: &Config, opened: &Opened, lock: BankLock, progress: &Progress) -> Result<BankLock, PipelineError> {
-    let dir = &config.bank.path;
-    let manifest = match Manifest::read(dir) {
-        Ok(manifest) => manifest,
-        Err(BankError::NotABank { .. }) => return Ok(lock),
-        Err(error) => return Err(error.into()),
-    };
-    let (embedder, dim) = (opened.embedder.fingerprint(), opened.embedder.dim());
-    let differences = manifest.fingerprint.differences(&asked(config, opened, &manifest.fingerprint));
-    if !differences.is_empty() {
-        return Err(BankError::Fingerprint { path: Manifest::path(dir), differences }.into());
-    }
-    if manifest.embedder == *embedder {
-        return Ok(lock);
-    }
-    tracing::info!("making the retrieval vectors of {} records anew", manifest.counts.records);
-    let mut embed = |texts: &[&str]| {
-        let made = stages::on_all(&progress.embed, texts, opened.embedder.texts_per_call(), |_, texts| {
-            Ok(opened.embedder.embed(texts)?)
-        });
-        made.map_err(|error| error.to_string().into())
-    };
-    let editor = BankEditor::open_locked(lock, Arc::new(DiskIo), config.bank.keep_generations)?;
-    let vectors = NewVectors { embedder: embedder.clone(), dim, embed: &mut embed };
-    editor.re_embed(vectors, config.bank.records_per_shard, Leftovers::Refuse)?;
-    Ok(BankLock::acquire(dir)?)
-}
-
 /// Opens the bank for writing.
 fn begin(config: &Config, opened: &Opened, codec: &ChosenCodec, lock: BankLock) -> Result<BankWriter, PipelineError> {
     let writer = BankWriter::begin_locked(lock, bank_spec(config, opened, &codec.set), Arc::new(DiskIo))?;
@@ -386,107 +242,6 @@ fn create_ledger(path: &Path) -> Result<Ledger, PipelineError> {
         std::fs::create_dir_all(folder).map_err(|source| PipelineError::Io { path: folder.to_owned(), source })?;
     }
     Ok(Ledger::create(path)?)
-}
-
-/// What the records' bytes depend on, the codec left out.
-fn model_fingerprint(config: &Config, opened: &Opened) -> Fingerprint {
-    opened
-        .encoder
-        .fingerprint()
-        .clone()
-        .with("tokenizer", opened.chunker.tokenizer_hash())
-        .with("chunk_tokens", config.corpus.chunk_tokens)
-}
-
-/// What a bank's fingerprint should say of this run, its codec taken for granted.
-fn asked(config: &Config, opened: &Opened, bank: &Fingerprint) -> Fingerprint {
-    model_fingerprint(config, opened).with("codec", bank.get("codec").unwrap_or_default().to_owned())
-}
-
-fn bank_spec(config: &Config, opened: &Opened, codec: &CodecSet) -> BankSpec {
-    BankSpec {
-        shape: BankShape {
-            memory: opened.encoder.shape(),
-            memory_layers: opened.encoder.layers().to_vec(),
-            // A prefix is a handful of tokens.
-            prefix_tokens: u32::try_from(opened.chunker.prefix().len()).unwrap_or(u32::MAX),
-        },
-        code_bytes: codec.code_bytes(),
-        vector_dim: opened.embedder.dim(),
-        chunk_tokens: config.corpus.chunk_tokens as u64,
-        fingerprint: model_fingerprint(config, opened).with("codec", codec.fingerprint()),
-        embedder: opened.embedder.fingerprint().clone(),
-        records_per_shard: config.bank.records_per_shard,
-        shard_bytes: BankSpec::SHARD_BYTES,
-    }
-}
-
-/// The codec of the bank that is there already, published or begun: it keeps the one that its records were written
-/// with.
-///
-/// # Errors
-/// If its records were written by another model, with other settings, or with another codec than the settings ask for.
-fn settled_codec(config: &Config, opened: &Opened) -> Result<Option<ChosenCodec>, PipelineError> {
-    let dir = &config.bank.path;
-    let (path, published, settled) = match Manifest::read(dir) {
-        Ok(manifest) => (Manifest::path(dir), true, (manifest.fingerprint, manifest.embedder, manifest.codec)),
-        Err(BankError::NotABank { .. }) => match usable_draft(config, dir)? {
-            Some(draft) => (Draft::path(dir), false, (draft.fingerprint, draft.embedder, draft.codec)),
-            None => return Ok(None),
-        },
-        Err(error) => return Err(error.into()),
-    };
-    let (fingerprint, embedder, codec) = settled;
-    let description = &codec.description;
-    let mut differences = fingerprint.differences(&asked(config, opened, &fingerprint));
-    let other_vectors = embedder.differences_of("embedder", opened.embedder.fingerprint());
-    if published && differences.is_empty() && !other_vectors.is_empty() {
-        return Err(PipelineError::OtherEmbedder { path, differences: other_vectors });
-    }
-    differences.extend(other_vectors);
-    let wanted = [
-        // A codec that was replaced for want of text is replaced again.
-        ("codec.spec", &description.spec, opened.plan.named_codec().filter(|_| description.fallback.is_none())),
-        ("codec.scope", &description.scope, Some(config.codec.scope.clone())),
-    ];
-    for (name, bank, asked) in wanted {
-        if asked.as_ref().is_some_and(|asked| asked != bank) {
-            differences.push(FieldDifference { name: name.to_owned(), bank: Some(bank.clone()), asked });
-        }
-    }
-    match (differences.is_empty(), published) {
-        (true, _) => {
-            if !published {
-                tracing::info!("taking the codec that an interrupted run has trained ({})", path.display());
-            }
-            let set = codec.open(dir, &path, opened.encoder.shape())?;
-            Ok(Some(ChosenCodec::of_bank(set, description)))
-        }
-        (false, true) => Err(BankError::Fingerprint { path, differences }.into()),
-        // Without records nothing is lost by training anew.
-        (false, false) if !bank::has_shards(dir)? => Ok(None),
-        (false, false) => Err(BankError::Unpublished { path, differences }.into()),
-    }
-}
-
-/// The draft of a first compile, unless it has no records and was made by other codec settings or for want of text.
-fn usable_draft(config: &Config, dir: &Path) -> Result<Option<Draft>, PipelineError> {
-    let shards = bank::has_shards(dir)?;
-    let draft = match Draft::read(dir) {
-        Ok(Some(draft)) => draft,
-        Ok(None) if !bank::kept_generations(dir)?.is_empty() => {
-            return Err(BankError::ManifestLost { path: Manifest::path(dir) }.into());
-        }
-        Ok(None) => return Ok(None),
-        Err(error) if shards => return Err(error.into()),
-        Err(error) => {
-            tracing::warn!("not used, there are no records yet: {error}");
-            return Ok(None);
-        }
-    };
-    let whole = draft.codec.read_files(dir).is_ok();
-    let stale = draft.codec.description.fallback.is_some() || draft.trained_by != config.codec.to_string() || !whole;
-    Ok(Some(draft).filter(|_| shards || !stale))
 }
 
 /// Says which files of folders and globs are not read.

@@ -128,28 +128,46 @@ impl BankEditor {
         let next = publication.publish(&sequence, Tombstones::new(rows), Parts::of(&manifest), keep)?;
         Ok((removed, next))
     }
+}
 
-    /// Publishes the state of an earlier generation, by default of the parent, as a new one. All its files are checked
-    /// before.
-    ///
-    /// # Errors
-    /// [`BankError::NoGeneration`] if it is not kept, [`BankError::NotWhole`] if a file of it is missing or damaged.
-    pub fn rollback(self, generation: Option<u64>) -> Result<(u64, Manifest), BankError> {
-        let dir = self.dir();
-        let Some(generation) = generation.or(self.manifest.parent) else {
-            return Err(BankError::NoParent { path: dir.to_owned(), generation: self.manifest.generation });
-        };
-        let old = read_kept(dir, generation)?;
-        let broken = broken_files(dir, &old);
-        if !broken.is_empty() {
-            return Err(BankError::NotWhole { path: dir.to_owned(), generation, files: broken });
-        }
-        let next = Manifest { next_shard: old.next_shard.max(self.manifest.next_shard), ..old };
-        let publication = Publication { io: &*self.io, dir, published: Some(&self.manifest) };
-        let next = publication.commit(next, self.keep)?;
-        Catalog::discard(dir);
-        Ok((generation, next))
+/// Publishes the state of an earlier generation of the bank in `dir`, by default of the parent, as a new one; `keep`
+/// generations stay on disk. All files of the earlier one are checked before; the published one may be damaged. Returns
+/// the earlier one's number and the new manifest.
+///
+/// # Errors
+/// [`BankError::NoGeneration`] if it is not kept, [`BankError::NotWhole`] if a file of it is missing or damaged,
+/// [`BankError::NoParent`], [`BankError::Locked`].
+pub fn rollback(dir: &Path, keep: u32, generation: Option<u64>) -> Result<(u64, Manifest), BankError> {
+    // Before the lock, which would make a folder of any name.
+    Manifest::read(dir)?;
+    rollback_locked(&BankLock::acquire(dir)?, &DiskIo, keep, generation)
+}
+
+/// [`rollback`] with a lock that the caller took, and with other file operations.
+///
+/// # Errors
+/// As [`rollback`].
+pub fn rollback_locked(
+    lock: &BankLock,
+    io: &dyn Io,
+    keep: u32,
+    generation: Option<u64>,
+) -> Result<(u64, Manifest), BankError> {
+    let dir = lock.dir();
+    let published = Manifest::read(dir)?;
+    sweep(io, dir, &published)?;
+    let Some(generation) = generation.or(published.parent) else {
+        return Err(BankError::NoParent { path: dir.to_owned(), generation: published.generation });
+    };
+    let old = read_kept(dir, generation)?;
+    let files = broken_files(dir, &old);
+    if !files.is_empty() {
+        return Err(BankError::NotWhole { path: dir.to_owned(), generation, files });
     }
+    let next = Manifest { next_shard: old.next_shard.max(published.next_shard), ..old };
+    let next = Publication { io, dir, published: Some(&published) }.commit(next, keep)?;
+    Catalog::discard(dir);
+    Ok((generation, next))
 }
 
 /// The files of a generation that are missing or have other bytes than it says.

@@ -41,7 +41,7 @@ pub use adopt::{Refusal, Startup, has_shards};
 pub use bank_reader::{Bank, ChunkUse, Hit};
 pub use documents::{Chunk, DocumentRow, RowId};
 pub use draft::Draft;
-pub use edit::{BankEditor, RemoveOptions};
+pub use edit::{BankEditor, RemoveOptions, rollback, rollback_locked};
 pub use error::BankError;
 pub use finding::Finding;
 pub use history::{Change, Generation, generations};

@@ -71,6 +71,10 @@ pub(crate) fn for_each_live_row<'a>(
 impl BankWriter {
     /// The rows that later ones replace.
     pub(crate) fn superseded(&self) -> Result<Vec<RowId>, BankError> {
+        // A first compile need not remember all its rows.
+        if !self.replaces {
+            return Ok(Vec::new());
+        }
         let first_new = self.published.as_ref().map_or(1, |published| published.next_shard);
         superseded(&self.sequence.shards, &self.tombstones, first_new)
     }

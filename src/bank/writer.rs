@@ -128,6 +128,8 @@ pub struct BankWriter {
     pub(crate) open_documents: HashMap<String, (RowId, ContentHash)>,
     pub(crate) catalog: Catalog,
     pub(crate) startup: Startup,
+    /// Whether a row of this run, or of the one that it goes on with, may replace an earlier one.
+    pub(crate) replaces: bool,
 }
 
 impl BankWriter {
@@ -162,6 +164,7 @@ impl BankWriter {
             open_contents: HashMap::new(),
             open_documents: HashMap::new(),
             catalog,
+            replaces: !found.startup.adopted.is_empty(),
             startup: found.startup,
         };
         if let Some(part) = found.part {
@@ -292,10 +295,11 @@ impl BankWriter {
     /// [`BankError::BadInput`] for an id above 4 096 bytes or a chunk that names a record which the bank does not have;
     /// [`BankError::Io`].
     pub fn push_document(&mut self, new: &NewDocument) -> Result<RowId, BankError> {
-        if let Some((row, hash)) = self.document_row(&new.id)?
-            && hash == new.text_hash
-        {
-            return Err(BankError::DuplicateDocument { id: new.id.clone(), shard: row.shard, row: row.row });
+        if let Some((row, hash)) = self.document_row(&new.id)? {
+            if hash == new.text_hash {
+                return Err(BankError::DuplicateDocument { id: new.id.clone(), shard: row.shard, row: row.row });
+            }
+            self.replaces = true;
         }
         let row = self.sequence.push_document(new)?;
         self.note_closed()?;

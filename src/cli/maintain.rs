@@ -292,7 +292,7 @@ struct RolledBack {
 pub fn rollback(global: &Global, args: &RollbackArgs) -> anyhow::Result<Outcome> {
     let config = options::load_config(global)?;
     let dir = args.bank.resolve(&config);
-    let (restored, manifest) = BankEditor::open(&dir, args.keep.resolve(&config))?.rollback(args.generation)?;
+    let (restored, manifest) = bank::rollback(&dir, args.keep.resolve(&config), args.generation)?;
     let Manifest { generation, counts, .. } = manifest;
     if global.json {
         let (documents, records) = (counts.documents, counts.records);

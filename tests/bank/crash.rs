@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use memory3::bank::{
     Bank, BankEditor, BankError, BankLock, BankWriter, DiskIo, Io, IoFile, Leftovers, Manifest, RemoveOptions,
-    VerifyOptions, verify,
+    VerifyOptions, rollback_locked, verify,
 };
 
 use super::support::*;
@@ -238,7 +238,7 @@ fn steps() -> Vec<Step> {
     let compact = |lock, io, _: &[Doc]| {
         BankEditor::open_locked(lock, io, KEEP)?.compact(0.9, RECORDS, Leftovers::Refuse).map(|_| ())
     };
-    let rollback = |lock, io, _: &[Doc]| BankEditor::open_locked(lock, io, KEEP)?.rollback(Some(2)).map(|_| ());
+    let rollback = |lock: BankLock, io: Arc<dyn Io>, _: &[Doc]| rollback_locked(&lock, &*io, KEEP, Some(2)).map(|_| ());
     vec![
         Step { name: "first compile", run: write, after: first },
         Step { name: "update", run: write, after: second.clone() },

@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use memory3::bank::{
-    Bank, BankEditor, BankError, Leftovers, Manifest, NewVectors, RemoveOptions, VerifyOptions, generations, verify,
+    Bank, BankEditor, BankError, Leftovers, Manifest, NewVectors, RemoveOptions, VerifyOptions, generations, rollback,
+    verify,
 };
 use memory3::fingerprint::Fingerprint;
 use memory3::memory::RecordId;
@@ -116,6 +117,57 @@ fn compact_keeps_what_is_live_and_drops_the_rest() {
     assert!(again.shards.is_empty(), "{again:?}");
 }
 
+#[test]
+fn a_bank_can_become_empty_and_fill_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let docs = corpus(60, 50);
+    let first = compile(dir.path(), &docs, &spec(30));
+    edit(dir.path()).remove(&ids(&docs), ANY).unwrap();
+    let (_, empty) = edit(dir.path()).compact(0.5, 30, Leftovers::Refuse).unwrap();
+    assert_eq!((empty.shards.len(), empty.counts.documents, empty.next_shard), (0, 0, first.next_shard));
+    let bank = Bank::open(dir.path()).unwrap();
+    assert!(bank.search(&[0.1; DIM], 5).unwrap().is_empty());
+    let full = sync(dir.path(), &docs, &spec(30), 1000);
+    assert!(full.shards.iter().all(|shard| shard.number >= first.next_shard));
+    assert_holds(&Bank::open(dir.path()).unwrap(), &docs, &spec(30));
+    assert_clean(dir.path());
+}
+
+#[test]
+fn a_reader_that_opens_while_generations_go_finds_a_whole_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let docs = corpus(62, 30);
+    compile(dir.path(), &docs, &spec(10));
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let opened = std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let mut opened = BTreeSet::new();
+            while !done.load(std::sync::atomic::Ordering::SeqCst) {
+                let bank = Bank::open(dir.path()).unwrap();
+                let held = if bank.manifest().counts.documents == 30 { &docs[..] } else { &docs[10..] };
+                assert_holds(&bank, held, &spec(10));
+                assert_eq!(bank.search(&[0.2; DIM], 3).unwrap().len(), 3);
+                assert_eq!(bank.codec_files().unwrap(), input().codec_files);
+                let options = VerifyOptions { catalog: false, ..VerifyOptions::default() };
+                let report = verify(dir.path(), options).unwrap();
+                assert!(report.is_clean(), "{report:?}");
+                opened.insert(bank.manifest().generation);
+            }
+            opened
+        });
+        for _ in 0..20 {
+            // One generation is kept: what a reader has just seen is gone a moment later.
+            for half in [&docs[10..], &docs] {
+                sync(dir.path(), half, &spec(10), 1);
+                BankEditor::open(dir.path(), 1).unwrap().compact(0.95, 10, Leftovers::Refuse).unwrap();
+            }
+        }
+        done.store(true, std::sync::atomic::Ordering::SeqCst);
+        reader.join().unwrap()
+    });
+    assert!(opened.len() > 3, "{opened:?}");
+}
+
 fn assert_clean_but_catalog(dir: &std::path::Path) {
     let report = verify(dir, VerifyOptions { catalog: false, ..VerifyOptions::default() }).unwrap();
     assert!(report.is_clean(), "{report:?}");
@@ -151,7 +203,7 @@ fn unpublished_work_is_not_in_the_way_of_remove_and_rollback_but_of_compact() {
     assert!(error.to_string().contains("--set-aside"), "{error}");
     let adopted = begin(dir.path(), &spec(20)).startup().adopted_records;
     assert!(adopted > 0);
-    let (restored, manifest) = edit(dir.path()).rollback(Some(1)).unwrap();
+    let (restored, manifest) = rollback(dir.path(), 1000, Some(1)).unwrap();
     assert_eq!((restored, manifest.generation, manifest.parent), (1, 4, Some(3)));
     assert_holds(&Bank::open(dir.path()).unwrap(), &docs[..40], &spec(20));
     // The leftovers use records of a generation that is gone, or they do not; either way the bank is sound.
@@ -165,10 +217,10 @@ fn a_rollback_is_a_new_generation_and_ids_are_never_used_again() {
     let dir = tempfile::tempdir().unwrap();
     let docs = corpus(57, 80);
     let first = compile(dir.path(), &docs[..30], &spec(20));
-    assert!(matches!(edit(dir.path()).rollback(None), Err(BankError::NoParent { generation: 1, .. })));
+    assert!(matches!(rollback(dir.path(), 1000, None), Err(BankError::NoParent { generation: 1, .. })));
     let second = sync(dir.path(), &docs[..55], &spec(20), 1000);
     let old = Bank::open(dir.path()).unwrap();
-    let (_, third) = edit(dir.path()).rollback(None).unwrap();
+    let (_, third) = rollback(dir.path(), 1000, None).unwrap();
     assert_eq!((third.generation, third.parent, third.next_shard), (3, Some(2), second.next_shard));
     assert_eq!((&third.shards, &third.retrieval), (&first.shards, &first.retrieval));
     assert_holds(&Bank::open(dir.path()).unwrap(), &docs[..30], &spec(20));
@@ -185,17 +237,22 @@ fn a_rollback_is_a_new_generation_and_ids_are_never_used_again() {
     let change = listed[2].change.clone().unwrap();
     assert_eq!((change.documents, change.restores), (-25, Some(1)));
     // A generation that is not whole is not published.
-    let (_, fifth) = edit(dir.path()).rollback(Some(2)).unwrap();
+    let (_, fifth) = rollback(dir.path(), 1000, Some(2)).unwrap();
     assert_eq!(fifth.generation, 5);
     let victim = dir.path().join("shards").join(&fourth.shards.last().unwrap().file);
     let mut bytes = fs::read(&victim).unwrap();
     bytes[5000] ^= 1;
     fs::write(&victim, bytes).unwrap();
-    let error = edit(dir.path()).rollback(Some(4)).unwrap_err();
+    let error = rollback(dir.path(), 1000, Some(4)).unwrap_err();
     assert!(matches!(&error, BankError::NotWhole { generation: 4, .. }), "{error}");
     assert!(error.to_string().contains(&fourth.shards.last().unwrap().file), "{error}");
-    assert!(matches!(edit(dir.path()).rollback(Some(77)), Err(BankError::NoGeneration { .. })));
+    assert!(matches!(rollback(dir.path(), 1000, Some(77)), Err(BankError::NoGeneration { .. })));
     assert_eq!(Manifest::read(dir.path()).unwrap().generation, 5);
+    // Damage of what is published is a reason to go back, not an obstacle.
+    fs::write(dir.path().join("shards").join(&second.shards.last().unwrap().file), "torn").unwrap();
+    assert!(Bank::open(dir.path()).is_err());
+    assert_eq!(rollback(dir.path(), 1000, Some(1)).unwrap().1.generation, 6);
+    assert_holds(&Bank::open(dir.path()).unwrap(), &docs[..30], &spec(20));
 }
 
 #[test]
