@@ -20,13 +20,15 @@ pub use report::{BankReport, ChunkCounts, DocumentCounts, RunReport, StageReport
 use crate::bank::{
     self, BankError, BankLock, BankShape, BankSpec, BankWriter, DiskIo, Draft, Manifest, PublishInput, RetrievalSpec,
 };
-use crate::codec::{CodecError as CodecFault, CodecSet};
+use crate::codec::{CodecError as CodecFault, CodecSet, GpuCodecSet};
 use crate::config::Config;
 use crate::corpus::{Chunker, Corpus, CorpusError, CorpusOptions, Ledger, Skipped, Source};
 use crate::embed::{self, EmbedError, TextEmbedder};
 use crate::fingerprint::{FieldDifference, Fingerprint};
 use crate::memory::ContentHash;
-use crate::model::{self, DType, Device, MemoryEncoder, MemorySpec, ModelConfig, ModelError, ParseDeviceError};
+use crate::model::{
+    self, DType, Device, GpuModel, MemoryEncoder, MemorySpec, ModelConfig, ModelError, ParseDeviceError,
+};
 use codec_training::{ChosenCodec, TrainingPlan};
 use stages::{Stages, Totals};
 
@@ -195,6 +197,7 @@ pub fn compile(
     let writer = BankWriter::begin_locked(lock, bank_spec(config, &opened, &codec.set), Arc::new(DiskIo))?;
     writer.keep_codec(&codec.description(), &codec.set.files(), &config.codec.to_string())?;
     tell_startup(&writer);
+    let gpu = on_gpu(&*opened.encoder, &codec.set)?;
     let (kept_before, writer) = (writer.startup().adopted_records, Mutex::new(writer));
     let stages = Stages {
         corpus: &opened.corpus,
@@ -203,6 +206,7 @@ pub fn compile(
         batch_chunks: config.run.batch_chunks,
         encoder: &*opened.encoder,
         codec: &codec.set,
+        gpu,
         embedder: &*opened.embedder,
         model_shape: &opened.model_config.cost_shape(opened.encoder.shape().layers),
         progress,
@@ -271,6 +275,16 @@ fn open(config: &Config) -> Result<Opened, PipelineError> {
     let encoder = model::open(&config.model.path, chunker.prefix(), &spec, device, dtype)?;
     let embedder = embed::open(&config.embedder.path, device, embedder_dtype)?;
     Ok(Opened { chunker, encoder, embedder, corpus, plan, model_config, device, dtype })
+}
+
+/// Model and quantizer on one GPU, if the model is on one, and has kernels for this quantizer.
+fn on_gpu<'a>(
+    encoder: &'a dyn MemoryEncoder,
+    codec: &CodecSet,
+) -> Result<Option<(&'a GpuModel, GpuCodecSet)>, ModelError> {
+    let Some(model) = encoder.gpu() else { return Ok(None) };
+    let codec = GpuCodecSet::new(model.gpu(), codec, encoder.shape(), encoder.chunks_per_call())?;
+    Ok(codec.map(|codec| (model, codec)))
 }
 
 fn create_ledger(path: &Path) -> Result<Ledger, PipelineError> {
