@@ -2,7 +2,7 @@
 //!
 //! The folders follow the data: [`corpus`] texts become chunks, [`model`] gives queries, keys and values,
 //! [`select`] picks the tokens, [`codec`] quantizes, [`embed`] makes the retrieval vectors, [`bank`] keeps
-//! everything on disk; [`cpu`] has the arithmetic that models share. [`pipeline`] joins the stages into the compile
+//! everything on disk; [`cpu`] and [`gpu`] have the arithmetic that models share. [`pipeline`] joins the stages into the compile
 //! run. Without the default feature `compile` only the reading side is built: [`bank`] and [`codec`], free of burn.
 
 pub mod bank;
@@ -22,6 +22,8 @@ pub mod cost;
 pub mod cpu;
 #[cfg(feature = "compile")]
 pub mod embed;
+#[cfg(feature = "compile")]
+pub mod gpu;
 #[cfg(feature = "compile")]
 pub mod model;
 #[cfg(feature = "compile")]

@@ -25,10 +25,13 @@ pub use reencode::{Differing, Reencoding, reencode};
 pub use report::{BankReport, ChunkCounts, DocumentCounts, RunReport, StageReport};
 
 use crate::bank::{BankLock, BankWriter, DiskIo, Manifest, PublishInput, RetrievalSpec};
+use crate::codec::{CodecSet, GpuCodecSet};
 use crate::config::Config;
 use crate::corpus::{Chunker, Corpus, CorpusOptions, Ledger, Skipped};
 use crate::embed::{self, TextEmbedder};
-use crate::model::{self, DType, Device, MemoryEncoder, MemorySpec, ModelConfig, ParseDeviceError};
+use crate::model::{
+    self, DType, Device, GpuModel, MemoryEncoder, MemorySpec, ModelConfig, ModelError, ParseDeviceError,
+};
 use codec_training::{ChosenCodec, TrainingPlan};
 use settled::{bank_spec, re_embed, settled_codec};
 use stages::{Stages, Totals};
@@ -151,6 +154,7 @@ pub fn compile(
         (None, None) => begin(config, &opened, &codec, BankLock::acquire(&config.bank.path)?)?,
     };
     writer.keep_codec(&codec.description(), &codec.set.files(), &config.codec.to_string())?;
+    let gpu = on_gpu(&*opened.encoder, &codec.set)?;
     let (kept_before, writer) = (writer.startup().adopted_records, Mutex::new(writer));
     let stages = Stages {
         corpus: &opened.corpus,
@@ -160,6 +164,7 @@ pub fn compile(
         batch_chunks: config.run.batch_chunks,
         encoder: &*opened.encoder,
         codec: &codec.set,
+        gpu,
         embedder: &*opened.embedder,
         model_shape: &opened.model_config.cost_shape(opened.encoder.shape().layers),
         progress,
@@ -235,6 +240,16 @@ fn open(config: &Config) -> Result<Opened, PipelineError> {
     let encoder = model::open(&config.model.path, chunker.prefix(), &spec, device, dtype)?;
     let embedder = embed::open(&config.embedder.path, device, embedder_dtype)?;
     Ok(Opened { chunker, encoder, embedder, corpus, plan, model_config, device, dtype })
+}
+
+/// Model and quantizer on one GPU, if the model is on one, and has kernels for this quantizer.
+fn on_gpu<'a>(
+    encoder: &'a dyn MemoryEncoder,
+    codec: &CodecSet,
+) -> Result<Option<(&'a GpuModel, GpuCodecSet)>, ModelError> {
+    let Some(model) = encoder.gpu() else { return Ok(None) };
+    let codec = GpuCodecSet::new(model.gpu(), codec, encoder.shape(), encoder.chunks_per_call())?;
+    Ok(codec.map(|codec| (model, codec)))
 }
 
 fn create_ledger(path: &Path) -> Result<Ledger, PipelineError> {

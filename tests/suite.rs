@@ -7,5 +7,6 @@ mod codec;
 mod compile;
 mod corpus;
 mod embed;
+mod gpu;
 mod model;
 mod select;

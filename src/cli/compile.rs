@@ -26,7 +26,7 @@ Examples:
   memory3 compile docs/ --bank banks/docs                .md and .txt below docs/, .jsonl, .parquet
   memory3 compile 'dump/*.jsonl.zst' --id-field url --text-field body
   zstdcat dump.zst | memory3 compile - --bank banks/dump
-  memory3 compile --device cuda:0 --dtype bf16           needs the cargo feature `cuda`
+  memory3 compile --device cuda:0 --dtype bf16           on an NVIDIA GPU
   memory3 compile --codec none --max-chunks 1000         a quick look, vectors kept in bf16
   memory3 compile --dry-run                              what would be encoded and what would vanish
 

@@ -19,6 +19,8 @@ mod error;
 pub mod factory;
 mod file;
 mod files;
+#[cfg(feature = "compile")]
+mod gpu;
 mod kernel;
 #[cfg(feature = "compile")]
 mod kmeans;
@@ -38,6 +40,8 @@ pub mod train;
 pub use error::CodecError;
 pub use factory::{CodecChoice, CodecSpec, FactorySpec};
 pub use file::{Codebooks, CodecParts, Rotation};
+#[cfg(feature = "compile")]
+pub use gpu::GpuCodecSet;
 pub use set::{CodecSet, Scope, Side, VectorPlace};
 
 use decode::Decoder;

@@ -1,124 +1,138 @@
 //! The passes between matrix products: norms, activations, softmax, over plain rows of f32.
 //!
-//! In: row-major matrices. Out: matrices of the same size, each in one or two passes over memory. Written so that the
-//! compiler turns the loops into vector instructions of the machine at hand (`pulp` picks AVX2 or NEON at run time);
-//! sums run in [`LANES`] separate lanes in a fixed order, so a result never depends on the machine's vector width.
-//! The naive versions in the tests are the oracle.
+//! In: row-major matrices. Out: matrices of the same size, each in one or two passes over memory. Written with [`Lanes`],
+//! none of whose operations is fused; sums run in [`LANES`] separate lanes that are folded by halves, so a result never
+//! depends on the machine's vector width. The naive versions in the tests are the oracle.
 
-use pulp::{Arch, Simd, WithSimd};
-
-/// Partial sums of a reduction.
-const LANES: usize = 16;
+use super::lanes::{LANES, Lanes, Pass, widest};
+use super::product::{Line, TILE};
 
 /// `x += y`: the residual connection.
 pub fn add(x: &mut [f32], y: &[f32]) {
     x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
 }
 
-/// `x = gelu(x)`; the exact GELU, with erf.
-pub fn gelu(x: &mut [f32]) {
-    Arch::new().dispatch(Gelu { x });
+/// `x = (x - mean) / sqrt(variance + eps) * gamma + beta` for each row of `gamma.len()` values, after `add` was added
+/// to `x`, where there is one.
+pub fn layer_norm(x: &mut [f32], add: Option<&[f32]>, gamma: &[f32], beta: &[f32], eps: f32) {
+    widest(LayerNorm { x, add, gamma, beta, eps });
 }
 
-/// Softmax of `scale * x` over the first `seen(row)` values of each row of `width`; the rest of the row becomes 0.
-pub fn softmax_rows(x: &mut [f32], width: usize, scale: f32, seen: impl Fn(usize) -> usize) {
-    Arch::new().dispatch(Softmax { x, width, scale, seen });
-}
-
-/// `x = (x - mean) / sqrt(variance + eps) * gamma + beta` for each row of `gamma.len()` values.
-pub fn layer_norm(x: &mut [f32], gamma: &[f32], beta: &[f32], eps: f32) {
-    Arch::new().dispatch(LayerNorm { x, gamma, beta, eps });
-}
-
-/// `out = x / sqrt(mean(x^2) + eps) * gamma` for each row of `gamma.len()` values.
-pub fn rms_norm(x: &[f32], gamma: &[f32], eps: f32, out: &mut [f32]) {
-    Arch::new().dispatch(RmsNorm { x, gamma, eps, out });
+/// `out = x / sqrt(mean(x^2) + eps) * gamma` for each row of `gamma.len()` values, after `add` was added to `x`, where
+/// there is one.
+pub fn rms_norm(x: &mut [f32], add: Option<&[f32]>, gamma: &[f32], eps: f32, out: &mut [f32]) {
+    widest(RmsNorm { x, add, gamma, eps, out });
 }
 
 /// `gate = silu(gate) * up`.
 pub fn silu_times(gate: &mut [f32], up: &[f32]) {
-    Arch::new().dispatch(SiluTimes { gate, up });
+    widest(SiluTimes { gate, up });
 }
 
-struct Gelu<'a> {
-    x: &'a mut [f32],
-}
-
-impl WithSimd for Gelu<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        self.x.iter_mut().for_each(|x| *x = gelu_of(*x));
+/// The lanes of `x` from `place` on, zeros behind the last.
+#[inline(always)]
+fn at<L: Lanes>(x: &[f32], place: usize) -> L {
+    let rest = &x[place..];
+    if let Some(block) = rest.first_chunk() {
+        return L::load(block);
     }
+    let mut values = [0.0; LANES];
+    values[..rest.len()].copy_from_slice(rest);
+    L::load(&values)
 }
 
-struct Softmax<'a, F> {
-    x: &'a mut [f32],
-    width: usize,
-    scale: f32,
-    seen: F,
-}
-
-impl<F: Fn(usize) -> usize> WithSimd for Softmax<'_, F> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        for (index, row) in self.x.chunks_exact_mut(self.width).enumerate() {
-            let (row, unseen) = row.split_at_mut((self.seen)(index).min(self.width));
-            unseen.fill(0.0);
-            row.iter_mut().for_each(|x| *x *= self.scale);
-            let largest = reduce(row, f32::NEG_INFINITY, |x| x, |one, two| if one > two { one } else { two });
-            row.iter_mut().for_each(|x| *x = exp(*x - largest));
-            let share = 1.0 / reduce(row, 0.0, |x| x, |one, two| one + two);
-            row.iter_mut().for_each(|x| *x *= share);
-        }
+/// Puts lanes to `x` from `place` on, as far as it goes.
+#[inline(always)]
+fn put<L: Lanes>(lanes: L, x: &mut [f32], place: usize) {
+    let rest = &mut x[place..];
+    if let Some(block) = rest.first_chunk_mut() {
+        return lanes.store(block);
     }
+    let mut values = [0.0; LANES];
+    lanes.store(&mut values);
+    rest.copy_from_slice(&values[..rest.len()]);
+}
+
+/// One over a width.
+#[allow(clippy::cast_precision_loss)] // widths are far below 2^24
+fn share_of(width: usize) -> f32 {
+    1.0 / width as f32
 }
 
 struct LayerNorm<'a> {
     x: &'a mut [f32],
+    add: Option<&'a [f32]>,
     gamma: &'a [f32],
     beta: &'a [f32],
     eps: f32,
 }
 
-impl WithSimd for LayerNorm<'_> {
+impl Pass for LayerNorm<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        let share = share_of(self.gamma.len());
-        for row in self.x.chunks_exact_mut(self.gamma.len()) {
-            let mean = reduce(row, 0.0, |x| x, |one, two| one + two) * share;
-            row.iter_mut().for_each(|x| *x -= mean);
-            let variance = reduce(row, 0.0, |x| x * x, |one, two| one + two) * share;
-            let scale = 1.0 / (variance + self.eps).sqrt();
-            for ((x, gamma), beta) in row.iter_mut().zip(self.gamma).zip(self.beta) {
-                *x = *x * scale * gamma + beta;
+    fn run<L: Lanes>(self) {
+        let width = self.gamma.len();
+        let (share, zero) = (share_of(width), L::splat(0.0));
+        for (index, row) in self.x.chunks_exact_mut(width).enumerate() {
+            let add = self.add.map(|add| &add[index * width..][..width]);
+            let mut sum = zero;
+            for place in (0..width).step_by(LANES) {
+                let mut x: L = at(row, place);
+                if let Some(add) = add {
+                    x = x.add(at(add, place));
+                    put(x, row, place);
+                }
+                sum = sum.add(x);
+            }
+            let mean = sum.sum() * share;
+            let mut squares = zero;
+            let (blocks, rest) = row.as_chunks();
+            for block in blocks {
+                let x = L::load(block).sub(L::splat(mean));
+                squares = squares.add(x.mul(x));
+            }
+            // The zeros behind the last would count here.
+            let variance = rest.iter().fold(squares.sum(), |sum, x| sum + (x - mean) * (x - mean)) * share;
+            let scale = L::splat(1.0 / (variance + self.eps).sqrt());
+            for place in (0..width).step_by(LANES) {
+                let x = at::<L>(row, place).sub(L::splat(mean)).mul(scale);
+                put(x.mul(at(self.gamma, place)).add(at(self.beta, place)), row, place);
             }
         }
     }
 }
 
 struct RmsNorm<'a> {
-    x: &'a [f32],
+    x: &'a mut [f32],
+    add: Option<&'a [f32]>,
     gamma: &'a [f32],
     eps: f32,
     out: &'a mut [f32],
 }
 
-impl WithSimd for RmsNorm<'_> {
+impl Pass for RmsNorm<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        let (width, share) = (self.gamma.len(), share_of(self.gamma.len()));
-        for (row, out) in self.x.chunks_exact(width).zip(self.out.chunks_exact_mut(width)) {
-            let scale = 1.0 / (reduce(row, 0.0, |x| x * x, |one, two| one + two) * share + self.eps).sqrt();
-            for ((out, x), gamma) in out.iter_mut().zip(row).zip(self.gamma) {
-                *out = x * scale * gamma;
+    fn run<L: Lanes>(self) {
+        let width = self.gamma.len();
+        let share = share_of(width);
+        let outs = self.out.chunks_exact_mut(width);
+        for (index, (row, out)) in self.x.chunks_exact_mut(width).zip(outs).enumerate() {
+            let mut squares = L::splat(0.0);
+            let add = self.add.map(|add| &add[index * width..][..width]);
+            for place in (0..width).step_by(LANES) {
+                let mut x: L = at(row, place);
+                if let Some(add) = add {
+                    x = x.add(at(add, place));
+                    put(x, row, place);
+                }
+                squares = squares.add(x.mul(x));
+            }
+            let scale = L::splat(1.0 / (squares.sum() * share + self.eps).sqrt());
+            for place in (0..width).step_by(LANES) {
+                put(at::<L>(row, place).mul(scale).mul(at(self.gamma, place)), out, place);
             }
         }
     }
@@ -129,83 +143,134 @@ struct SiluTimes<'a> {
     up: &'a [f32],
 }
 
-impl WithSimd for SiluTimes<'_> {
+impl Pass for SiluTimes<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        self.gate.iter_mut().zip(self.up).for_each(|(gate, up)| *gate = silu(*gate) * up);
+    fn run<L: Lanes>(self) {
+        for place in (0..self.gate.len()).step_by(LANES) {
+            put(silu::<L>(at(self.gate, place)).mul(at(self.up, place)), self.gate, place);
+        }
     }
-}
-
-/// One over a width.
-#[allow(clippy::cast_precision_loss)] // widths are far below 2^24
-fn share_of(width: usize) -> f32 {
-    1.0 / width as f32
 }
 
 /// `x / (1 + e^-x)`.
 #[inline(always)]
-pub(super) fn silu(x: f32) -> f32 {
-    x / (1.0 + exp(-x))
-}
-
-/// Folds `map(x)` lane by lane, then the lanes in order.
-#[inline(always)]
-fn reduce(row: &[f32], start: f32, map: impl Fn(f32) -> f32, fold: impl Fn(f32, f32) -> f32) -> f32 {
-    let mut lanes = [start; LANES];
-    let (blocks, rest) = row.as_chunks::<LANES>();
-    for block in blocks {
-        for (lane, x) in lanes.iter_mut().zip(block) {
-            *lane = fold(*lane, map(*x));
-        }
-    }
-    for (lane, x) in lanes.iter_mut().zip(rest) {
-        *lane = fold(*lane, map(*x));
-    }
-    lanes.into_iter().fold(start, fold)
+pub(super) fn silu<L: Lanes>(x: L) -> L {
+    // Far out the clamp changes nothing but keeps the power finite; NaN passes it.
+    let power = x.mul(L::splat(-std::f32::consts::LOG2_E));
+    let power = L::splat(-126.0).larger(L::splat(126.0).lesser(power));
+    x.div(exp2_in_range(power).add(L::splat(1.0)))
 }
 
 /// `x * (1 + erf(x / sqrt 2)) / 2`.
 #[inline(always)]
-fn gelu_of(x: f32) -> f32 {
-    0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2))
+pub(super) fn gelu<L: Lanes>(x: L) -> L {
+    let half = x.mul(L::splat(0.5));
+    half.mul(erf(x.mul(L::splat(std::f32::consts::FRAC_1_SQRT_2))).add(L::splat(1.0)))
 }
 
 /// The error function: `y * P(y^2) / Q(y^2)` up to 3.92, from where it is 1 within 3e-8. The quotient was fitted by
 /// iterated least squares on 4 000 Chebyshev nodes; its own error is 1.6e-8.
 #[inline(always)]
 #[allow(clippy::excessive_precision)] // as fitted, so that the digits can be compared
-fn erf(y: f32) -> f32 {
+fn erf<L: Lanes>(y: L) -> L {
     const P: [f32; 6] =
         [1.128_379_022, 1.927_625_440e-1, 5.306_029_639e-2, 3.868_268_481e-3, 2.874_790_695e-4, 2.034_758_247e-6];
-    const Q: [f32; 5] = [5.041_630_233e-1, 1.150_840_079e-1, 1.517_217_484e-2, 1.188_102_886e-3, 3.807_086_946e-5];
+    const Q: [f32; 6] = [1.0, 5.041_630_233e-1, 1.150_840_079e-1, 1.517_217_484e-2, 1.188_102_886e-3, 3.807_086_946e-5];
     const END: f32 = 3.92;
-    let s = y * y;
-    let p = P[0] + s * (P[1] + s * (P[2] + s * (P[3] + s * (P[4] + s * P[5]))));
-    let q = 1.0 + s * (Q[0] + s * (Q[1] + s * (Q[2] + s * (Q[3] + s * Q[4]))));
-    if s < END * END { y * p / q } else { 1.0_f32.copysign(y) }
+    let s = y.mul(y);
+    let quotient = y.mul(polynomial(&P, s)).div(polynomial(&Q, s));
+    let sign = y.where_less(L::splat(0.0), L::splat(-1.0), L::splat(1.0));
+    s.where_less(L::splat(END * END), quotient, sign)
 }
 
-/// `e^x`, to 2 units in the last place; beyond -87 and 88 what it is there, which keeps all numbers normal. NaN gives NaN.
+/// Horner's scheme, the constant first.
 #[inline(always)]
-#[allow(clippy::excessive_precision)] // 355 / 512, to the digit
-pub(super) fn exp(x: f32) -> f32 {
+fn polynomial<L: Lanes, const LEN: usize>(coefficients: &[f32; LEN], x: L) -> L {
+    let mut sum = L::splat(coefficients[LEN - 1]);
+    for i in (0..LEN - 1).rev() {
+        sum = sum.mul(x).add(L::splat(coefficients[i]));
+    }
+    sum
+}
+
+/// `2^x` for `x <= 0`, to 2 units in the last place; 0 below -126, where f32 ends. NaN gives NaN.
+#[inline(always)]
+pub(crate) fn exp2<L: Lanes>(x: L) -> L {
+    // A comparison, so that minus infinity gives 0; NaN stays NaN.
+    x.where_less(L::splat(-126.0), L::splat(0.0), exp2_in_range(x))
+}
+
+/// `2^x` from -126 to 126, to 2 units in the last place. NaN gives NaN.
+#[inline(always)]
+#[allow(clippy::excessive_precision)] // as fitted, so that the digits can be compared
+fn exp2_in_range<L: Lanes>(x: L) -> L {
+    /// `2^r` up to one half, fitted by iterated least squares; its own error is 2.0e-9.
+    const P: [f32; 7] =
+        [1.0, 6.931_472_03e-1, 2.402_264_79e-1, 5.550_332_47e-2, 9.618_437_36e-3, 1.339_887_44e-3, 1.535_336_19e-4];
     // Adding 1.5 * 2^23 leaves the rounded integer in the low bits of the mantissa.
-    const ROUND: f32 = 12_582_912.0;
-    // ln 2 in two parts: the first has few enough bits that its product with the integer is exact.
-    const LN2_HIGH: f32 = 0.693_359_375;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-    let x = if x < -87.0 { -87.0 } else { x };
-    let x = if x > 88.0 { 88.0 } else { x };
-    let shifted = x * std::f32::consts::LOG2_E + ROUND;
-    let integer = shifted - ROUND;
-    let r = x - integer * LN2_HIGH - integer * LN2_LOW;
-    // Taylor's series: |r| <= 0.35, so that the first term left out is below 2e-8.
-    let tail = 1.0 / 6.0 + r * (1.0 / 24.0 + r * (1.0 / 120.0 + r * (1.0 / 720.0)));
-    let power = 1.0 + r + r * r * (0.5 + r * tail);
-    let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23;
-    power * f32::from_bits(exponent)
+    let round = L::splat(12_582_912.0);
+    let shifted = x.add(round);
+    polynomial(&P, x.sub(shifted.sub(round))).mul(shifted.power_of_two())
+}
+
+/// Turns the first `seen` of a row's logits, times `scale`, into exponentials of what they lie below the greatest; the
+/// others into 0. Gives their sum.
+#[inline(always)]
+pub(crate) fn exponentials<L: Lanes>(row: &mut [Line<f32>], seen: usize, scale: f32) -> f32 {
+    let most = hide_and_find_most::<L>(row, seen);
+    raise::<L>(row, most, scale)
+}
+
+/// Sets what stands behind the first `seen` logits to minus infinity and gives the greatest of the others.
+#[inline(always)]
+pub(crate) fn hide_and_find_most<L: Lanes>(row: &mut [Line<f32>], seen: usize) -> f32 {
+    if let Some((line, behind)) = row[seen / TILE..].split_first_mut() {
+        line.0[seen % TILE..].fill(f32::NEG_INFINITY);
+        behind.fill(Line([f32::NEG_INFINITY; TILE]));
+    }
+    let mut most = [L::splat(f32::NEG_INFINITY); TILE / LANES];
+    for line in row {
+        for (most, x) in most.iter_mut().zip(line.0.as_chunks().0) {
+            *most = L::load(x).larger(*most);
+        }
+    }
+    most[0].larger(most[1]).largest()
+}
+
+/// `x = e^((x - most) * scale)`; gives the sum.
+#[inline(always)]
+pub(crate) fn raise<L: Lanes>(row: &mut [Line<f32>], most: f32, scale: f32) -> f32 {
+    let (most, scale) = (L::splat(most), L::splat(scale * std::f32::consts::LOG2_E));
+    let mut totals = [L::splat(0.0); TILE / LANES];
+    for line in row {
+        for (total, x) in totals.iter_mut().zip(line.0.as_chunks_mut().0) {
+            let power = exp2(L::load(x).sub(most).mul(scale));
+            power.store(x);
+            *total = total.add(power);
+        }
+    }
+    totals[0].add(totals[1]).sum()
+}
+
+/// `sums += x * factor`.
+#[inline(always)]
+pub(crate) fn add_times<L: Lanes>(sums: &mut Line<f32>, x: &Line<f32>, factor: f32) {
+    for (sum, x) in sums.0.as_chunks_mut().0.iter_mut().zip(x.0.as_chunks().0) {
+        L::load(sum).add(L::load(x).mul(L::splat(factor))).store(sum);
+    }
+}
+
+#[cfg(test)]
+use super::lanes::Portable;
+
+/// A function of lanes as one of a value, for tests.
+#[cfg(test)]
+pub(super) fn of(function: impl Fn(Portable) -> Portable, x: f32) -> f32 {
+    let mut values = [0.0; LANES];
+    function(Portable::splat(x)).store(&mut values);
+    values[0]
 }
 
 #[cfg(test)]
@@ -234,22 +299,11 @@ mod tests {
         for step in -8000..=8000_i16 {
             let x = f32::from(step) / 1000.0;
             let exact = 0.5 * f64::from(x) * (1.0 + naive_erf(f64::from(x) / 2.0_f64.sqrt()));
-            assert!((f64::from(gelu_of(x)) - exact).abs() < 1e-6, "{x}: {} {exact}", gelu_of(x));
+            assert!((f64::from(of(gelu, x)) - exact).abs() < 1e-6, "{x}: {} {exact}", of(gelu, x));
         }
-        assert_eq!(gelu_of(40.0), 40.0);
-        assert_eq!(gelu_of(-40.0), 0.0);
-        assert!(gelu_of(f32::NAN).is_nan());
-    }
-
-    #[test]
-    fn exp_is_within_three_units_in_the_last_place() {
-        for step in -87_000..=88_000_i32 {
-            #[allow(clippy::cast_possible_truncation)] // the rounding to f32 is the point
-            let x = (f64::from(step) / 1000.0) as f32;
-            let exact = f64::from(x).exp();
-            assert!((f64::from(exp(x)) / exact - 1.0).abs() < 3.6e-7, "{x}: {} {exact}", exp(x));
-        }
-        assert!(exp(f32::NEG_INFINITY) < 1e-37 && exp(f32::INFINITY) > 1e38 && exp(f32::NAN).is_nan());
+        assert_eq!(of(gelu, 40.0), 40.0);
+        assert_eq!(of(gelu, -40.0), 0.0);
+        assert!(of(gelu, f32::NAN).is_nan());
     }
 
     fn close(one: &[f32], two: &[f64], tolerance: f64) {
@@ -262,28 +316,37 @@ mod tests {
         f64::from(u32::try_from(count).unwrap())
     }
 
+    #[test]
+    fn exp2_is_within_two_units_in_the_last_place() {
+        let mut worst = 0.0_f64;
+        for step in 0..=1_260_000_u32 {
+            #[allow(clippy::cast_possible_truncation)] // the rounding to f32 is the point
+            let x = (-f64::from(step) / 10_000.0) as f32;
+            let exact = f64::from(x).exp2();
+            worst = worst.max((f64::from(of(exp2, x)) / exact - 1.0).abs());
+        }
+        assert!(worst < 3.0 * 2.0_f64.powi(-24), "{worst}");
+        assert!(of(exp2, 0.0) == 1.0 && of(exp2, -126.1) == 0.0 && of(exp2, f32::NEG_INFINITY) == 0.0);
+        assert!(of(exp2, f32::NAN).is_nan());
+    }
+
     proptest! {
         #[test]
-        fn softmax_is_the_naive_one(
-            width in 1..70_usize,
-            rows in 1..5_usize,
-            seed in prop::collection::vec(-30.0..30.0_f32, 350),
-            first in 1..70_usize,
+        fn exponentials_are_the_naive_ones(
+            seen in 1..70_usize,
+            further in 0..40_usize,
+            seed in prop::collection::vec(-30.0..30.0_f32, 128),
         ) {
-            let mut x = seed[..rows * width].to_vec();
-            let seen = |row: usize| (first + row).min(width);
-            let naive: Vec<f64> = x
-                .chunks(width)
-                .enumerate()
-                .flat_map(|(row, x)| {
-                    let exps: Vec<f64> = x[..seen(row)].iter().map(|x| f64::from(x * 0.5).exp()).collect();
-                    let sum: f64 = exps.iter().sum();
-                    let zeros = width - exps.len();
-                    exps.into_iter().map(move |x| x / sum).chain(std::iter::repeat_n(0.0, zeros))
-                })
-                .collect();
-            softmax_rows(&mut x, width, 0.5, |row| first + row);
-            close(&x, &naive, 1e-6);
+            let naive: Vec<f64> = seed[..seen].iter().map(|x| f64::from(x * 0.5)).collect();
+            let most = naive.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let naive: Vec<f64> = naive.into_iter().map(|x| (x - most).exp()).chain([0.0; 128]).collect();
+            let mut row: Vec<_> = seed.as_chunks().0.iter().map(|x| Line(*x)).collect();
+            row.truncate((seen + further).div_ceil(TILE));
+            let total = exponentials::<Portable>(&mut row, seen, 0.5);
+            close(&[total], &[naive.iter().sum()], 1e-6);
+            for (line, naive) in row.iter().zip(naive.chunks(TILE)) {
+                close(&line.0, naive, 1e-6);
+            }
         }
 
         #[test]
@@ -303,7 +366,11 @@ mod tests {
                 })
                 .collect();
             let mut out = vec![f32::NAN; x.len()];
-            rms_norm(&x, gamma, 1e-3, &mut out);
+            rms_norm(&mut x, None, gamma, 1e-3, &mut out);
+            close(&out, &rms, 1e-5);
+            // The same, of a sum.
+            let mut half: Vec<f32> = x.iter().map(|x| x * 0.5).collect();
+            rms_norm(&mut half.clone(), Some(&half), gamma, 1e-3, &mut out);
             close(&out, &rms, 1e-5);
             let layer: Vec<f64> = x
                 .chunks(width)
@@ -315,7 +382,10 @@ mod tests {
                     })
                 })
                 .collect();
-            layer_norm(&mut x, gamma, beta, 1e-3);
+            layer_norm(&mut x, None, gamma, beta, 1e-3);
+            let add = half.clone();
+            layer_norm(&mut half, Some(&add), gamma, beta, 1e-3);
+            close(&half, &layer, 1e-4);
             close(&x, &layer, 1e-4);
         }
 

@@ -5,8 +5,9 @@
 //! always holds: a row's result does not depend on how many other rows there are.
 
 pub mod attention;
+pub(crate) mod lanes;
 pub mod math;
 pub mod product;
 
 pub use attention::Keys;
-pub use product::{Format, PackedMatrix, Rows};
+pub use product::{Format, PackedMatrix, PackedRows, Rows};

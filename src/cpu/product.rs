@@ -20,21 +20,27 @@
 #![allow(unsafe_code)]
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 mod levels;
 
 #[cfg(target_arch = "x86_64")]
 use levels::{avx2, avx512};
-use levels::{cells_of_bf16, cells_of_f32, portable};
+use levels::{cells_of_bf16, cells_of_f32, padded, portable};
+
+use super::attention::{Attend, Room, grown};
 
 /// Columns in a tile. Every level's register block divides it.
-const TILE: usize = 32;
+pub(crate) const TILE: usize = 32;
 
 /// Most steps of a tile that all groups pass over before the next steps come.
 const RUN: usize = 512;
 
-/// Rows that are packed at a time.
+/// Rows that pass over a run at a time, more or less.
 const BLOCK: usize = 256;
+
+/// Steps whose cells of a row lie side by side.
+const CELLS: usize = 16;
 
 /// How weights, and rows while they are multiplied, are held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +53,7 @@ pub enum Format {
 
 /// Which instructions run. Chosen when a matrix is packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Level {
+pub(crate) enum Level {
     /// Plain Rust that the compiler vectorises for the target's baseline.
     Portable,
     /// AVX2 and FMA.
@@ -62,34 +68,80 @@ enum Level {
 }
 
 impl Level {
-    /// The levels that this machine can run, slowest first. The tests compare them.
-    fn available(format: Format) -> Vec<Self> {
-        let mut levels = vec![Self::Portable];
-        #[cfg(target_arch = "x86_64")]
-        {
-            if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
-                levels.push(Self::Avx2);
+    /// All, fastest first.
+    #[cfg(target_arch = "x86_64")]
+    const ALL: [Self; 4] = [Self::Avx512Bf16, Self::Avx512, Self::Avx2, Self::Portable];
+    #[cfg(not(target_arch = "x86_64"))]
+    const ALL: [Self; 1] = [Self::Portable];
+
+    /// The levels that this machine can run, fastest first.
+    pub(super) fn available(format: Format) -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().filter(move |level| match level {
+            Self::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => std::arch::is_x86_feature_detected!("avx512f"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => {
+                format == Format::Bf16
+                    && std::arch::is_x86_feature_detected!("avx512f")
+                    && std::arch::is_x86_feature_detected!("avx512bf16")
             }
-            if std::arch::is_x86_feature_detected!("avx512f") {
-                levels.push(Self::Avx512);
-                if format == Format::Bf16 && std::arch::is_x86_feature_detected!("avx512bf16") {
-                    levels.push(Self::Avx512Bf16);
-                }
-            }
-        }
-        levels
+        })
     }
 
     /// The fastest level of this machine.
-    fn detect(format: Format) -> Self {
-        Self::available(format).last().copied().unwrap_or(Self::Portable)
+    pub(crate) fn detect(format: Format) -> Self {
+        Self::available(format).next().unwrap_or(Self::Portable)
     }
+}
+
+/// Calls a function of the level.
+macro_rules! at_level {
+    ($format:expr, $level:expr, $function:ident $arguments:tt) => {
+        match ($format, $level) {
+            (Format::F32, Level::Portable) => portable::f32::$function $arguments,
+            (Format::Bf16, Level::Portable) => portable::bf16::$function $arguments,
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `Level::available` yields this level only where AVX2 and FMA were detected.
+            (Format::F32, Level::Avx2) => unsafe { avx2::f32::$function $arguments },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `Level::available` yields this level only where AVX2 and FMA were detected.
+            (Format::Bf16, Level::Avx2) => unsafe { avx2::bf16::$function $arguments },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `Level::available` yields these levels only where AVX-512 F was detected.
+            (Format::F32, Level::Avx512 | Level::Avx512Bf16) => unsafe { avx512::f32::$function $arguments },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `Level::available` yields this level only where AVX-512 F was detected.
+            (Format::Bf16, Level::Avx512) => unsafe { avx512::bf16::$function $arguments },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `Level::available` yields this level only where AVX-512 F and BF16 were detected.
+            (Format::Bf16, Level::Avx512Bf16) => unsafe { avx512::bf16_dot::$function $arguments },
+        }
+    };
 }
 
 /// A value for each column of a tile, in two cache lines of its own.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
-struct Line<T>([T; TILE]);
+pub(crate) struct Line<T>(pub(crate) [T; TILE]);
+
+/// A row's cells of [`CELLS`] steps: f32 bits, or two bf16 each, the earlier one low.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+pub(super) struct Cells([u32; CELLS]);
+
+/// What becomes of a sum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Activation {
+    /// It is the result.
+    None,
+    /// `gelu(sum)`, the exact one.
+    Gelu,
+    /// `silu(gate) * up`: the halves of a tile are gates and ups of the same columns.
+    Gated,
+}
 
 /// The weights of a linear layer, packed for [`PackedMatrix::multiply`].
 #[derive(Debug)]
@@ -106,8 +158,7 @@ pub struct PackedMatrix {
     values: Vec<Line<u32>>,
     /// `[tile]`: where each column's sum starts.
     bias: Vec<Line<f32>>,
-    /// Whether the halves of a tile are gates and ups.
-    gated: bool,
+    activation: Activation,
 }
 
 /// Row-major rows: row `i` is `data[i * stride..][..depth]`.
@@ -117,6 +168,138 @@ pub struct Rows<'a> {
     pub data: &'a [f32],
     /// Floats from one row to the next.
     pub stride: usize,
+}
+
+/// Rows in the form in which they are multiplied. Made once, they serve several matrices; and a product can give its
+/// result as such.
+#[derive(Debug)]
+pub struct PackedRows {
+    format: Format,
+    level: Level,
+    /// Length of a row.
+    depth: usize,
+    /// Rows.
+    count: usize,
+    /// Most rows in a group; what the level takes.
+    rows_in_group: usize,
+    /// `[group][step / CELLS][row of the group]`, of groups of equal size, give or take one row.
+    cells: Vec<Cells>,
+}
+
+impl PackedRows {
+    /// None yet.
+    pub fn new(format: Format) -> Self {
+        Self::at_level(format, Level::detect(format))
+    }
+
+    pub(super) fn at_level(format: Format, level: Level) -> Self {
+        Self { format, level, depth: 1, count: 0, rows_in_group: 1, cells: Vec::new() }
+    }
+
+    /// Packs `count` rows of length `depth` instead of those that it holds.
+    ///
+    /// # Panics
+    /// If there are fewer rows, or they are shorter.
+    pub fn fill(&mut self, rows: Rows<'_>, count: usize, depth: usize) -> &Self {
+        (self.count, self.depth) = (count, depth);
+        at_level!(self.format, self.level, pack(rows, self));
+        self
+    }
+
+    /// Makes room for the rows. The buffer never shrinks, for growing again would fill it again.
+    fn resize(&mut self) {
+        let len = self.groups() * self.blocks() * self.rows_in_group;
+        grown(&mut self.cells, len, Cells([0; CELLS]));
+    }
+
+    /// Blocks of [`CELLS`] steps in a row.
+    fn blocks(&self) -> usize {
+        steps(self.format, self.depth).div_ceil(CELLS)
+    }
+
+    /// Groups of rows.
+    pub(crate) fn groups(&self) -> usize {
+        self.count.div_ceil(self.rows_in_group)
+    }
+
+    /// The rows of a group.
+    pub(crate) fn range(&self, group: usize) -> Range<usize> {
+        let groups = self.groups();
+        group * self.count / groups..(group + 1) * self.count / groups
+    }
+
+    fn group(&self, group: usize) -> &[Cells] {
+        let len = self.blocks() * self.rows_in_group;
+        &self.cells[group * len..][..len]
+    }
+
+    fn group_mut(&mut self, group: usize) -> &mut [Cells] {
+        let len = self.blocks() * self.rows_in_group;
+        &mut self.cells[group * len..][..len]
+    }
+}
+
+/// Where a product goes.
+enum Sink<'a> {
+    /// `[row][column]`; the group at hand begins at `first_row`.
+    Rows { out: &'a mut [f32], first_row: usize },
+    /// Packed again, for the next product.
+    Packed(&'a mut PackedRows),
+}
+
+/// Keys or values of one head, as the other side of a product: `[tile][step]`.
+#[derive(Debug, Default)]
+pub(crate) struct Tiles {
+    steps: usize,
+    values: Vec<Line<u32>>,
+}
+
+impl Tiles {
+    /// Room for `tiles`. The buffer never shrinks.
+    fn resize(&mut self, tiles: usize) -> &mut [Line<u32>] {
+        self.values.resize(tiles * self.steps, Line([0; TILE]));
+        &mut self.values
+    }
+
+    /// Packs rows as columns: products are those with each row.
+    pub(crate) fn columns<'a>(
+        &mut self,
+        (format, level): (Format, Level),
+        count: usize,
+        depth: usize,
+        row: &dyn Fn(usize) -> &'a [f32],
+    ) {
+        at_level!(format, level, pack_columns(count, depth, row, self));
+    }
+
+    /// Packs rows as steps: products are weighted sums of the rows.
+    pub(super) fn steps<'a>(
+        &mut self,
+        (format, level): (Format, Level),
+        count: usize,
+        width: usize,
+        row: &dyn Fn(usize) -> &'a [f32],
+    ) {
+        at_level!(format, level, pack_steps(count, width, row, self));
+    }
+
+    /// Products of a group of rows with the first columns: `[row][tile]`, as many tiles as asked for.
+    pub(crate) fn dots(&self, rows: &PackedRows, group: usize, tiles: usize, lines: &mut [Line<f32>]) {
+        at_level!(rows.format, rows.level, dots(self, rows, group, tiles, lines));
+    }
+}
+
+/// Runs [`Attend`] at the level of its queries.
+pub(super) fn attend(task: &Attend<'_>, room: &mut Room, out: &mut [f32]) {
+    at_level!(task.queries.format, task.queries.level, attend(task, room, out));
+}
+
+/// Steps of a row: one value, or two, each.
+fn steps(format: Format, depth: usize) -> usize {
+    match format {
+        Format::F32 => depth,
+        Format::Bf16 => depth.div_ceil(2),
+    }
 }
 
 impl PackedMatrix {
@@ -151,7 +334,7 @@ impl PackedMatrix {
             let source = if packed % TILE < half { gate } else { up };
             source.get(column * depth..(column + 1) * depth)
         });
-        (matrix.columns, matrix.gated) = (columns, true);
+        (matrix.columns, matrix.activation) = (columns, Activation::Gated);
         matrix
     }
 
@@ -160,35 +343,43 @@ impl PackedMatrix {
     /// # Panics
     /// If the length of `bias` is not the number of columns, or the matrix is gated.
     pub fn with_bias(mut self, bias: &[f32]) -> Self {
-        assert!(bias.len() == self.columns && !self.gated, "bias must be [columns] of a plain matrix");
+        assert!(
+            bias.len() == self.columns && self.activation != Activation::Gated,
+            "bias must be [columns] of a plain matrix"
+        );
         for (line, bias) in self.bias.iter_mut().zip(bias.chunks(TILE)) {
             line.0[..bias.len()].copy_from_slice(bias);
         }
         self
     }
 
+    /// The same matrix with the exact GELU taken of its products, with erf.
+    ///
+    /// # Panics
+    /// If the matrix is gated.
+    pub fn with_gelu(mut self) -> Self {
+        assert!(self.activation == Activation::None, "GELU of a plain matrix");
+        self.activation = Activation::Gelu;
+        self
+    }
+
     /// `row_of` gives the weights of a packed column, or nothing where it is padding.
     fn pack<'a>(format: Format, columns: usize, depth: usize, row_of: impl Fn(usize) -> Option<&'a [f32]>) -> Self {
         assert!(depth > 0 && columns > 0, "a matrix must not be empty");
-        let steps = match format {
-            Format::F32 => depth,
-            Format::Bf16 => depth.div_ceil(2),
-        };
-        let tiles = columns.div_ceil(TILE);
+        let (steps, tiles) = (steps(format, depth), columns.div_ceil(TILE));
         let mut values = vec![Line([0; TILE]); tiles * steps];
-        let mut room = vec![0; steps];
         for column in 0..tiles * TILE {
             let Some(row) = row_of(column) else { continue };
-            let cells = match format {
-                Format::F32 => cells_of_f32(row, &mut room),
-                Format::Bf16 => cells_of_bf16(row, &mut room),
-            };
-            for (line, &cell) in values[column / TILE * steps..].iter_mut().zip(cells) {
-                line.0[column % TILE] = cell;
-            }
+            let lines = values[column / TILE * steps..][..steps].iter_mut();
+            let cells = row.chunks((if format == Format::F32 { 1 } else { 2 }) * CELLS).flat_map(|row| match format {
+                Format::F32 => cells_of_f32(&padded(row)).0,
+                Format::Bf16 => cells_of_bf16(&padded(row)).0,
+            });
+            lines.zip(cells).for_each(|(line, cell)| line.0[column % TILE] = cell);
         }
         let bias = vec![Line([0.0; TILE]); tiles];
-        Self { format, level: Level::detect(format), depth, columns, steps, values, bias, gated: false }
+        let level = Level::detect(format);
+        Self { format, level, depth, columns, steps, values, bias, activation: Activation::None }
     }
 
     /// Length of a row that is multiplied.
@@ -207,53 +398,55 @@ impl PackedMatrix {
     /// If `out` is not whole rows, or `rows` has fewer of them, or they are shorter than the matrix is deep.
     pub fn multiply(&self, rows: Rows<'_>, out: &mut [f32]) {
         assert!(out.len().is_multiple_of(self.columns), "out must be [rows][columns]");
-        SCRATCH.with_borrow_mut(|scratch| {
+        let count = out.len() / self.columns;
+        ROWS.with_borrow_mut(|packed| {
+            (packed.format, packed.level) = (self.format, self.level);
             for (block, out) in out.chunks_mut(BLOCK * self.columns).enumerate() {
-                let rows = Rows { data: &rows.data[block * BLOCK * rows.stride..], stride: rows.stride };
-                self.multiply_block(rows, out, scratch);
+                let first = block * BLOCK;
+                let rows = Rows { data: &rows.data[first * rows.stride..], ..rows };
+                packed.fill(rows, BLOCK.min(count - first), self.depth);
+                self.multiply_packed(packed, out);
             }
         });
     }
 
-    fn multiply_block(&self, rows: Rows<'_>, out: &mut [f32], scratch: &mut Scratch) {
-        match (self.format, self.level) {
-            (Format::F32, Level::Portable) => portable::f32::multiply(self, rows, out, scratch),
-            (Format::Bf16, Level::Portable) => portable::bf16::multiply(self, rows, out, scratch),
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: `Level::available` yields this level only where AVX2 and FMA were detected.
-            (Format::F32, Level::Avx2) => unsafe { avx2::f32::multiply(self, rows, out, scratch) },
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: `Level::available` yields this level only where AVX2 and FMA were detected.
-            (Format::Bf16, Level::Avx2) => unsafe { avx2::bf16::multiply(self, rows, out, scratch) },
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: `Level::available` yields these levels only where AVX-512 F was detected.
-            (Format::F32, Level::Avx512 | Level::Avx512Bf16) => unsafe {
-                avx512::f32::multiply(self, rows, out, scratch)
-            },
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: `Level::available` yields this level only where AVX-512 F was detected.
-            (Format::Bf16, Level::Avx512) => unsafe { avx512::bf16::multiply(self, rows, out, scratch) },
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: `Level::available` yields this level only where AVX-512 F and BF16 were detected.
-            (Format::Bf16, Level::Avx512Bf16) => unsafe { avx512::bf16_dot::multiply(self, rows, out, scratch) },
-        }
+    /// Multiplies packed rows; `out` is `[rows][columns]`.
+    ///
+    /// # Panics
+    /// If the rows have another format or length, or `out` has not as many.
+    pub fn multiply_packed(&self, rows: &PackedRows, out: &mut [f32]) {
+        assert_eq!(out.len(), rows.count * self.columns, "out must be [rows][columns]");
+        self.multiply_to(rows, Sink::Rows { out, first_row: 0 });
+    }
+
+    /// Multiplies packed rows and packs the result.
+    ///
+    /// # Panics
+    /// If the rows have another format or length.
+    pub fn multiply_into(&self, rows: &PackedRows, out: &mut PackedRows) {
+        (out.format, out.level, out.count, out.depth) = (rows.format, rows.level, rows.count, self.columns);
+        self.multiply_to(rows, Sink::Packed(out));
+    }
+
+    fn multiply_to(&self, rows: &PackedRows, mut sink: Sink<'_>) {
+        let (held, taken) = ((rows.format, rows.level, rows.depth), (self.format, self.level, self.depth));
+        assert_eq!(held, taken, "rows are packed for another matrix");
+        let (groups, at_once) = (rows.groups(), BLOCK / rows.rows_in_group);
+        SUMS.with_borrow_mut(|sums| {
+            let sums = grown(sums, rows.count, Line([0.0; TILE]));
+            for first in (0..groups).step_by(at_once) {
+                let groups = first..groups.min(first + at_once);
+                at_level!(self.format, self.level, multiply(self, rows, groups, &mut sink, sums));
+            }
+        });
     }
 }
 
 thread_local! {
     /// Kept between calls: the page faults of fresh memory would cost as much as a small product.
-    static SCRATCH: RefCell<Scratch> =
-        const { RefCell::new(Scratch { rows: Vec::new(), groups: Vec::new(), sums: Vec::new() }) };
-}
-
-/// What a product needs besides its input and output.
-struct Scratch {
-    /// `[row of a group][step]`
-    rows: Vec<u32>,
-    /// `[group][step][row of a group]`
-    groups: Vec<u32>,
+    static ROWS: RefCell<PackedRows> = RefCell::new(PackedRows::new(Format::F32));
     /// `[row]`: the sums of one tile.
-    sums: Vec<Line<f32>>,
+    static SUMS: RefCell<Vec<Line<f32>>> = const { RefCell::new(Vec::new()) };
 }
 
 #[cfg(test)]
@@ -273,6 +466,10 @@ mod tests {
         let mut out = vec![f32::NAN; x.len() / stride * matrix.columns()];
         matrix.multiply(Rows { data: x, stride }, &mut out);
         out
+    }
+
+    fn silu(x: f32) -> f32 {
+        math::of(math::silu, x)
     }
 
     fn bf16(value: f32) -> f32 {
@@ -366,7 +563,6 @@ mod tests {
             for format in [Format::F32, Format::Bf16] {
                 let pack = || PackedMatrix::new(format, &weights, weights.len() / depth, depth);
                 let outs: Vec<_> = Level::available(format)
-                    .into_iter()
                     // Products of bf16 are exact, so that fusing makes no difference to them.
                     .filter(|&level| format == Format::Bf16 || level != Level::Portable)
                     .map(|level| product(&at_level(pack(), level), &x, stride))
@@ -379,7 +575,7 @@ mod tests {
         fn gates_and_bias_are_what_separate_steps_give((depth, weights, stride, x) in case()) {
             for (format, level) in [Format::F32, Format::Bf16]
                 .into_iter()
-                .flat_map(|format| Level::available(format).into_iter().map(move |level| (format, level)))
+                .flat_map(|format| Level::available(format).map(move |level| (format, level)))
             {
                 let columns = weights.len() / depth;
                 let up: Vec<f32> = weights.iter().rev().copied().collect();
@@ -389,7 +585,7 @@ mod tests {
                 let separate: Vec<f32> = product(&plain, &x, stride)
                     .into_iter()
                     .zip(product(&plain_up, &x, stride))
-                    .map(|(gate, up)| math::silu(gate) * up)
+                    .map(|(gate, up)| silu(gate) * up)
                     .collect();
                 prop_assert_eq!(&product(&gated, &x, stride), &separate, "{:?} {:?}", format, level);
 
@@ -425,11 +621,11 @@ mod tests {
 
     #[test]
     fn silu_has_its_limits() {
-        assert_eq!(math::silu(0.0), 0.0);
-        assert_eq!(math::silu(100.0), 100.0);
-        assert!(math::silu(-100.0).abs() < 1e-30);
-        assert!(math::silu(f32::NAN).is_nan());
-        assert!((math::silu(1.0) - 0.731_058_6).abs() < 1e-6);
+        assert_eq!(silu(0.0), 0.0);
+        assert_eq!(silu(100.0), 100.0);
+        assert!(silu(-100.0).abs() < 1e-30);
+        assert!(silu(f32::NAN).is_nan());
+        assert!((silu(1.0) - 0.731_058_6).abs() < 1e-6);
     }
 
     #[test]

@@ -44,7 +44,7 @@ impl TextEmbedder for CpuEmbedder {
         pairs.try_for_each(|(index, (vector, text))| {
             self.encoder.forward(&self.loaded.tokenizer.encode(index, text)?, vector);
             normalise(vector);
-            Ok(())
+            Ok::<_, EmbedError>(())
         })?;
         Ok(vectors)
     }

@@ -10,8 +10,8 @@ use super::config::{EncoderConfig, Pooling};
 use super::error::EmbedError;
 use super::tokens::TextTokens;
 use super::weights::Weights;
-use crate::cpu::attention::{Mask, Room, grown};
-use crate::cpu::{Format, Keys, PackedMatrix, Rows, math};
+use crate::cpu::attention::{Mask, grown};
+use crate::cpu::{Format, Keys, PackedMatrix, PackedRows, Rows, math};
 
 /// A loaded encoder.
 pub(super) struct CpuEncoder {
@@ -23,7 +23,6 @@ pub(super) struct CpuEncoder {
     layers: Vec<Layer>,
     dim: usize,
     heads: usize,
-    intermediate: usize,
     eps: f32,
     pooling: Pooling,
     /// What rows and weights are multiplied in.
@@ -40,23 +39,43 @@ struct Layer {
     query_key_value: PackedMatrix,
     attention_output: PackedMatrix,
     attention_norm: Norm,
+    /// With its GELU.
     intermediate: PackedMatrix,
     output: PackedMatrix,
     output_norm: Norm,
 }
 
 /// Buffers of a forward pass, kept by each thread.
-#[derive(Default)]
 struct Scratch {
     x: Vec<f32>,
+    /// What the layer at hand adds to `x`.
+    added: Vec<f32>,
     query_key_value: Vec<f32>,
     attended: Vec<f32>,
-    inner: Vec<f32>,
-    room: Room,
+    /// The rows that a product takes.
+    packed: PackedRows,
+    /// The same between the two products of an MLP.
+    inner: PackedRows,
+    keys: Keys,
+}
+
+impl Scratch {
+    fn new(format: Format) -> Self {
+        Self {
+            x: Vec::new(),
+            added: Vec::new(),
+            query_key_value: Vec::new(),
+            attended: Vec::new(),
+            packed: PackedRows::new(format),
+            inner: PackedRows::new(format),
+            keys: Keys::new(format),
+        }
+    }
 }
 
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
+    /// For f32 and for bf16.
+    static SCRATCH: [RefCell<Scratch>; 2] = [Format::F32, Format::Bf16].map(|format| RefCell::new(Scratch::new(format)));
 }
 
 impl CpuEncoder {
@@ -91,7 +110,6 @@ impl CpuEncoder {
             layers,
             dim,
             heads: config.num_attention_heads,
-            intermediate: config.intermediate_size,
             eps,
             pooling,
             format,
@@ -100,7 +118,10 @@ impl CpuEncoder {
 
     /// The pooled vector of a text, written to `pooled`, `[dim]`.
     pub(super) fn forward(&self, text: &TextTokens, pooled: &mut [f32]) {
-        SCRATCH.with_borrow_mut(|scratch| self.forward_in(scratch, text, pooled));
+        SCRATCH.with(|scratch| {
+            let scratch = &mut scratch[usize::from(self.format == Format::Bf16)].borrow_mut();
+            self.forward_in(scratch, text, pooled);
+        });
     }
 
     fn forward_in(&self, scratch: &mut Scratch, text: &TextTokens, pooled: &mut [f32]) {
@@ -109,9 +130,9 @@ impl CpuEncoder {
             // A tokenizer without special tokens gives an empty text none.
             return pooled.fill(0.0);
         }
-        let Scratch { x, query_key_value, attended, inner, room } = scratch;
-        let (x, query_key_value) = (grown(x, m * dim), grown(query_key_value, m * 3 * dim));
-        let (attended, inner) = (grown(attended, m * dim), grown(inner, m * self.intermediate));
+        let Scratch { x, added, query_key_value, attended, packed, inner, keys } = scratch;
+        let [x, added, attended] = [x, added, attended].map(|buffer| grown(buffer, m * dim, 0.0));
+        let query_key_value = grown(query_key_value, m * 3 * dim, 0.0);
 
         // 1. Word + position + type embeddings, normalised: [token, dim].
         let row = |table: &'_ [f32], index: i32| index.cast_unsigned() as usize * dim..table.len();
@@ -122,25 +143,23 @@ impl CpuEncoder {
                 *x = word + position;
             }
         }
-        math::layer_norm(x, &self.norm.gamma, &self.norm.beta, self.eps);
+        math::layer_norm(x, None, &self.norm.gamma, &self.norm.beta, self.eps);
 
         // 2. The layers; where the first token is enough, the last one asks for one query.
         for (index, layer) in self.layers.iter().enumerate() {
             let first_only = self.pooling == Pooling::Cls && index + 1 == self.layers.len();
             let queries = if first_only { 1 } else { m };
-            layer.query_key_value.multiply(Rows { data: x, stride: dim }, query_key_value);
-            self.attend(query_key_value, m, queries, room, attended);
-            let (x, attended, inner) =
-                (&mut x[..queries * dim], &attended[..queries * dim], &mut inner[..queries * self.intermediate]);
-            let out = &mut query_key_value[..queries * dim];
-            layer.attention_output.multiply(Rows { data: attended, stride: dim }, out);
-            math::add(x, out);
-            math::layer_norm(x, &layer.attention_norm.gamma, &layer.attention_norm.beta, self.eps);
-            layer.intermediate.multiply(Rows { data: x, stride: dim }, inner);
-            math::gelu(inner);
-            layer.output.multiply(Rows { data: inner, stride: self.intermediate }, out);
-            math::add(x, out);
-            math::layer_norm(x, &layer.output_norm.gamma, &layer.output_norm.beta, self.eps);
+            packed.fill(Rows { data: x, stride: dim }, m, dim);
+            layer.query_key_value.multiply_packed(packed, query_key_value);
+            self.attend(query_key_value, m, queries, keys, attended);
+            let (x, added) = (&mut x[..queries * dim], &mut added[..queries * dim]);
+            packed.fill(Rows { data: attended, stride: dim }, queries, dim);
+            layer.attention_output.multiply_packed(packed, added);
+            math::layer_norm(x, Some(added), &layer.attention_norm.gamma, &layer.attention_norm.beta, self.eps);
+            packed.fill(Rows { data: x, stride: dim }, queries, dim);
+            layer.intermediate.multiply_into(packed, inner);
+            layer.output.multiply_packed(inner, added);
+            math::layer_norm(x, Some(added), &layer.output_norm.gamma, &layer.output_norm.beta, self.eps);
         }
 
         // 3. One vector.
@@ -156,13 +175,13 @@ impl CpuEncoder {
     }
 
     /// Attention of the first `queries` tokens over all `m`: `[token][head][dim]`.
-    fn attend(&self, query_key_value: &[f32], m: usize, queries: usize, room: &mut Room, attended: &mut [f32]) {
+    fn attend(&self, query_key_value: &[f32], m: usize, queries: usize, keys: &mut Keys, attended: &mut [f32]) {
         let (dim, head_dim) = (self.dim, self.dim / self.heads);
         for head in 0..self.heads {
             let part = |part: usize, at: usize| &query_key_value[(at * 3 + part) * dim + head * head_dim..][..head_dim];
-            let keys = Keys::new(self.format, m, head_dim, |at| part(1, at), |at| part(2, at));
+            keys.fill(m, head_dim, |at| part(1, at), |at| part(2, at));
             let rows = Rows { data: &query_key_value[head * head_dim..], stride: 3 * dim };
-            keys.attend(rows, queries, 1.0, Mask::None, room, (&mut attended[head * head_dim..], dim));
+            keys.attend(rows, queries, 1.0, Mask::None, (&mut attended[head * head_dim..], dim));
         }
     }
 }
@@ -187,7 +206,7 @@ impl Layer {
             Ok(PackedMatrix::new(format, &stored, outputs, inputs).with_bias(&bias))
         };
         let attention_output = linear("attention.output.dense", dim, dim)?;
-        let intermediate = linear("intermediate.dense", dim, inner)?;
+        let intermediate = linear("intermediate.dense", dim, inner)?.with_gelu();
         let output = linear("output.dense", inner, dim)?;
         Ok(Self {
             query_key_value: PackedMatrix::new(format, &rows, 3 * dim, dim).with_bias(&bias),

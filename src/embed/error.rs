@@ -124,24 +124,18 @@ pub enum EmbedError {
         #[source]
         source: tokenizers::Error,
     },
-    /// A GPU was asked for in a build without GPU support.
-    #[error("device {device}: this build runs on the CPU only; build with --features cuda")]
-    NoCuda {
-        /// The device asked for.
-        device: String,
+    /// A model that no kernels for GPUs are there for.
+    #[error("heads of {head_dim}, rows of {dim} and {inner} numbers: on a GPU heads are at most 64 wide, and rows multiples \
+             of 8; use --device cpu")]
+    Shape {
+        /// Width of a head.
+        head_dim: usize,
+        /// Width of a row.
+        dim: usize,
+        /// Width of the MLP.
+        inner: usize,
     },
-    /// A number format that the device does not run.
-    #[error("device {device}: the text encoder runs in f32 there; use --embedder-dtype f32")]
-    Dtype {
-        /// The device asked for.
-        device: String,
-    },
-    /// The device did not give the result back.
-    #[error("device {device}: lost the result: {what}; run again, or use --device cpu")]
-    Device {
-        /// The device.
-        device: String,
-        /// What the backend said.
-        what: String,
-    },
+    /// The GPU cannot be used, or failed.
+    #[error(transparent)]
+    Gpu(#[from] crate::gpu::GpuError),
 }

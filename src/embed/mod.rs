@@ -2,16 +2,15 @@
 //!
 //! In: a Hugging Face or sentence-transformers directory of a BERT, RoBERTa or XLM-RoBERTa encoder (bge-m3, bge-small,
 //! all-MiniLM-L6-v2) and texts. Out: vectors whose inner product is the cosine, and a fingerprint of what made them. On the
-//! CPU each text runs alone with its exact length, so that its vector does not depend on the other texts of a call; on a
-//! GPU texts run in padded batches whose shape depends on the text's own length only. Nothing here searches or stores.
+//! CPU each text runs alone, on a GPU many run together; in both a vector does not depend on the other texts of a call.
+//! Nothing here searches or stores.
 
 mod config;
 mod cpu_embedder;
 mod cpu_encoder;
-mod encoder;
 mod error;
+mod gpu_embedder;
 mod opened;
-mod padded_embedder;
 mod tokens;
 mod weights;
 
@@ -23,6 +22,7 @@ pub use error::EmbedError;
 use crate::fingerprint::Fingerprint;
 use crate::model::{DType, Device};
 use cpu_embedder::CpuEmbedder;
+use gpu_embedder::GpuEmbedder;
 use opened::Opened;
 
 /// Makes retrieval vectors of texts.
@@ -54,7 +54,7 @@ pub struct EmbedOptions {
     pub max_seq_length: Option<usize>,
 }
 
-/// Opens the embedding model in `dir`, as its files say. On the CPU, weights are held and multiplied in `dtype`.
+/// Opens the embedding model in `dir`, as its files say. Weights are held and multiplied in `dtype`.
 ///
 /// # Errors
 /// When a file is missing or damaged, or the model is none that this program runs.
@@ -75,14 +75,6 @@ pub fn open_with(
     let opened = Opened::read(dir, options)?;
     match device {
         Device::Cpu => Ok(Box::new(CpuEmbedder::load(opened, dtype)?)),
-        #[cfg(feature = "cuda")]
-        Device::Cuda(_) if dtype != DType::F32 => Err(EmbedError::Dtype { device: device.to_string() }),
-        #[cfg(feature = "cuda")]
-        Device::Cuda(number) => {
-            let device = burn::backend::cuda::CudaDevice::new(number);
-            Ok(Box::new(padded_embedder::PaddedEmbedder::<burn::backend::Cuda>::load(opened, &device)?))
-        }
-        #[cfg(not(feature = "cuda"))]
-        Device::Cuda(_) => Err(EmbedError::NoCuda { device: device.to_string() }),
+        Device::Cuda(number) => Ok(Box::new(GpuEmbedder::load(opened, number, dtype)?)),
     }
 }

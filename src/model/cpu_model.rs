@@ -15,8 +15,8 @@ use super::rope::RopeTable;
 use super::setup::Setup;
 use super::weights::WeightReader;
 use super::{DType, MemorySpec};
-use crate::cpu::attention::{Mask, Room, grown};
-use crate::cpu::{Format, Keys, PackedMatrix, Rows, math};
+use crate::cpu::attention::{Mask, grown};
+use crate::cpu::{Format, Keys, PackedMatrix, PackedRows, Rows, math};
 use crate::fingerprint::Fingerprint;
 use crate::select::{self, SelectShape};
 
@@ -97,22 +97,49 @@ enum GateUp {
 }
 
 /// Buffers of a forward pass, kept by each thread: fresh memory would be zeroed by the system again and again.
-#[derive(Default)]
 struct Scratch {
     x: Vec<f32>,
     normed: Vec<f32>,
+    /// What the layer at hand adds to `x`.
+    added: Vec<f32>,
     q: Vec<f32>,
     k: Vec<f32>,
     k_rotated: Vec<f32>,
     v: Vec<f32>,
     attended: Vec<f32>,
-    inner: Vec<f32>,
+    gate: Vec<f32>,
     up: Vec<f32>,
-    room: Room,
+    /// The rows that a product takes.
+    packed: PackedRows,
+    /// The same of `down_proj`.
+    inner: PackedRows,
+    keys: Keys,
+}
+
+impl Scratch {
+    fn new(format: Format) -> Self {
+        let floats = Vec::new;
+        Self {
+            x: floats(),
+            normed: floats(),
+            added: floats(),
+            q: floats(),
+            k: floats(),
+            k_rotated: floats(),
+            v: floats(),
+            attended: floats(),
+            gate: floats(),
+            up: floats(),
+            packed: PackedRows::new(format),
+            inner: PackedRows::new(format),
+            keys: Keys::new(format),
+        }
+    }
 }
 
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
+    /// For f32 and for bf16.
+    static SCRATCH: [RefCell<Scratch>; 2] = [Format::F32, Format::Bf16].map(|format| RefCell::new(Scratch::new(format)));
 }
 
 impl CpuModel {
@@ -233,7 +260,10 @@ impl CpuModel {
 
     /// `first`: position of the first token.
     fn forward(&self, tokens: &[u32], first: usize, mut visit: impl FnMut(usize, Features<'_>)) {
-        SCRATCH.with_borrow_mut(|scratch| self.forward_in(scratch, tokens, first, &mut visit));
+        SCRATCH.with(|scratch| {
+            let scratch = &mut scratch[usize::from(self.format == Format::Bf16)].borrow_mut();
+            self.forward_in(scratch, tokens, first, &mut visit);
+        });
     }
 
     fn forward_in(
@@ -246,11 +276,11 @@ impl CpuModel {
         let config = &self.setup.config;
         let (m, d, inner) = (tokens.len(), config.hidden_size, config.intermediate_size);
         let widths = [config.num_attention_heads, config.num_key_value_heads].map(|heads| heads * config.head_dim);
-        let Scratch { x, normed, q, k, k_rotated, v, attended, inner: gate, up, room } = scratch;
-        let (x, normed) = (grown(x, m * d), grown(normed, m * d));
-        let (q, attended) = (grown(q, m * widths[0]), grown(attended, m * widths[0]));
-        let [k, k_rotated, v] = [k, k_rotated, v].map(|buffer| grown(buffer, m * widths[1]));
-        let [gate, up] = [gate, up].map(|buffer| grown(buffer, m * inner));
+        let Scratch { x, normed, added, q, k, k_rotated, v, attended, gate, up, packed, inner: packed_inner, keys } =
+            scratch;
+        let [x, normed, added] = [x, normed, added].map(|buffer| grown(buffer, m * d, 0.0));
+        let [q, attended] = [q, attended].map(|buffer| grown(buffer, m * widths[0], 0.0));
+        let [k, k_rotated, v] = [k, k_rotated, v].map(|buffer| grown(buffer, m * widths[1], 0.0));
         // Rows: `positions..` of the tables.
         let rope = Rope { table: &self.setup.rope, first, dim: config.head_dim };
         #[allow(clippy::cast_possible_truncation)] // the arithmetic is f32
@@ -260,34 +290,41 @@ impl CpuModel {
         for (row, &token) in x.chunks_exact_mut(d).zip(tokens) {
             row.copy_from_slice(&self.embed_tokens[token as usize * d..][..d]);
         }
+        let mut residual = false;
         for (number, layer) in self.layers.iter().enumerate() {
-            // 2. norm, then q, k, v: [token, head, dim]
-            layer.attention.project(x, eps, normed, [&mut *q, &mut *k, &mut *v], config.head_dim);
+            // 2. residual and norm, then q, k, v: [token, head, dim]
+            math::rms_norm(x, residual.then_some(&*added), &layer.attention.input_layernorm, eps, normed);
+            packed.fill(Rows { data: normed, stride: d }, m, d);
+            layer.attention.project(packed, eps, normed, [&mut *q, &mut *k, &mut *v], config.head_dim);
             k_rotated.copy_from_slice(k);
             rope.rotate(k_rotated, widths[1]);
             visit(number, Features { q, k, k_rotated, v });
-            // 3. attention over prefix and chunk, output projection, residual
+            // 3. attention over prefix and chunk, output projection
             rope.rotate(q, widths[0]);
             let behind = self.cache.get(number).map(|(k, v)| (&k[..], &v[..]));
-            attend(config, self.format, m, q, (k_rotated, v), behind, room, attended);
-            layer.o_proj.multiply(Rows { data: attended, stride: widths[0] }, normed);
-            math::add(x, normed);
-            // 4. norm, MLP, residual
-            math::rms_norm(x, &layer.post_attention_layernorm, eps, normed);
-            let rows = Rows { data: normed, stride: d };
+            attend(config, m, q, (k_rotated, v), behind, keys, attended);
+            packed.fill(Rows { data: attended, stride: widths[0] }, m, widths[0]);
+            layer.o_proj.multiply_packed(packed, added);
+            // 4. residual and norm, MLP
+            math::rms_norm(x, Some(added), &layer.post_attention_layernorm, eps, normed);
+            packed.fill(Rows { data: normed, stride: d }, m, d);
             match &layer.mlp.gate_up {
-                GateUp::Gated(gate_up) => gate_up.multiply(rows, gate),
+                GateUp::Gated(gate_up) => gate_up.multiply_into(packed, packed_inner),
                 GateUp::Apart { gate_proj, up_proj } => {
-                    gate_proj.multiply(rows, gate);
-                    up_proj.multiply(rows, up);
+                    let [gate, up] = [&mut *gate, &mut *up].map(|buffer| grown(buffer, m * inner, 0.0));
+                    gate_proj.multiply_packed(packed, gate);
+                    up_proj.multiply_packed(packed, up);
                     math::silu_times(gate, up);
+                    packed_inner.fill(Rows { data: gate, stride: inner }, m, inner);
                 }
             }
-            layer.mlp.down_proj.multiply(Rows { data: gate, stride: inner }, normed);
-            math::add(x, normed);
+            layer.mlp.down_proj.multiply_packed(packed_inner, added);
+            residual = true;
         }
-        // 5. the last memory layer: norm, then q, k, v, and nothing more
-        self.last.project(x, eps, normed, [&mut *q, &mut *k, &mut *v], config.head_dim);
+        // 5. the last memory layer: residual and norm, then q, k, v, and nothing more
+        math::rms_norm(x, residual.then_some(&*added), &self.last.input_layernorm, eps, normed);
+        packed.fill(Rows { data: normed, stride: d }, m, d);
+        self.last.project(packed, eps, normed, [&mut *q, &mut *k, &mut *v], config.head_dim);
         k_rotated.copy_from_slice(k);
         rope.rotate(k_rotated, widths[1]);
         visit(self.layers.len(), Features { q, k, k_rotated, v });
@@ -295,20 +332,18 @@ impl CpuModel {
 }
 
 impl LastLayer {
-    /// Norm of `x`, then queries, keys and values, with the norms of Qwen3.
-    fn project(&self, x: &[f32], eps: f32, normed: &mut [f32], [q, k, v]: [&mut [f32]; 3], head_dim: usize) {
-        math::rms_norm(x, &self.input_layernorm, eps, normed);
-        let rows = Rows { data: normed, stride: self.input_layernorm.len() };
-        self.q_proj.multiply(rows, q);
-        self.k_proj.multiply(rows, k);
-        self.v_proj.multiply(rows, v);
+    /// Queries, keys and values of normed rows, with the norms of Qwen3. `room` may be overwritten.
+    fn project(&self, rows: &PackedRows, eps: f32, room: &mut [f32], [q, k, v]: [&mut [f32]; 3], head_dim: usize) {
+        self.q_proj.multiply_packed(rows, q);
+        self.k_proj.multiply_packed(rows, k);
+        self.v_proj.multiply_packed(rows, v);
         for (x, norm) in [(q, &self.q_norm), (k, &self.k_norm)] {
             if let Some(gamma) = norm {
-                // [token * head, dim], in place: `normed` is free again
-                for head in x.chunks_exact_mut(head_dim) {
-                    let room = &mut normed[..head_dim];
-                    math::rms_norm(head, gamma, eps, room);
-                    head.copy_from_slice(room);
+                // [token * head, dim], in place, some at a time
+                for heads in x.chunks_mut((room.len() / head_dim).max(1) * head_dim) {
+                    let out = &mut room[..heads.len()];
+                    math::rms_norm(heads, None, gamma, eps, out);
+                    heads.copy_from_slice(out);
                 }
             }
         }
@@ -319,12 +354,11 @@ impl LastLayer {
 #[allow(clippy::too_many_arguments)] // one step of the forward pass, with its buffers
 fn attend(
     config: &ModelConfig,
-    format: Format,
     m: usize,
     q: &[f32],
     (k, v): (&[f32], &[f32]),
     prefix: Option<(&[f32], &[f32])>,
-    room: &mut Room,
+    keys: &mut Keys,
     attended: &mut [f32],
 ) {
     let (kv_heads, dim, group) = (config.num_key_value_heads, config.head_dim, config.group());
@@ -340,12 +374,11 @@ fn attend(
             &rows[start..start + dim]
         }
         let start = |at: usize| at * stride + kv_head * dim;
-        let keys =
-            Keys::new(format, r + m, dim, |at| row(prefix_k, k, start(at), dim), |at| row(prefix_v, v, start(at), dim));
+        keys.fill(r + m, dim, |at| row(prefix_k, k, start(at), dim), |at| row(prefix_v, v, start(at), dim));
         for head in kv_head * group..(kv_head + 1) * group {
             let queries = Rows { data: &q[head * dim..], stride: config.num_attention_heads * dim };
             let out = &mut attended[head * dim..];
-            keys.attend(queries, m, scale, Mask::Causal { first: r }, room, (out, config.num_attention_heads * dim));
+            keys.attend(queries, m, scale, Mask::Causal { first: r }, (out, config.num_attention_heads * dim));
         }
     }
 }

@@ -11,7 +11,7 @@ pub enum Device {
     /// The CPU.
     #[default]
     Cpu,
-    /// The NVIDIA GPU with this number; needs the cargo feature `cuda`.
+    /// The NVIDIA GPU with this number.
     Cuda(usize),
 }
 

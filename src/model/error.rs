@@ -146,6 +146,9 @@ pub enum ModelError {
         /// What the backend said.
         cause: String,
     },
+    /// The GPU cannot be used, or failed.
+    #[error(transparent)]
+    Gpu(#[from] crate::gpu::GpuError),
     /// Stored prefix keys and values are damaged.
     #[error("prefix keys and values: {cause}; rebuild the bank")]
     Prefix {
@@ -170,5 +173,16 @@ impl ModelError {
             }
             _ => None,
         }
+    }
+
+    /// The same error for a batch that is part of a larger one, from `first` on.
+    #[must_use]
+    pub fn at_chunk(mut self, first: usize) -> Self {
+        if let Self::EmptyChunk { chunk, .. } | Self::LongChunk { chunk, .. } | Self::NotFinite { chunk, .. } =
+            &mut self
+        {
+            *chunk += first;
+        }
+        self
     }
 }

@@ -1,9 +1,10 @@
 //! The model stage: token ids of chunks go in, memories come out.
 //!
 //! [`open`] loads the writing side of a Hugging Face directory (`config.rs`, `weights.rs`), computes the prefix, and
-//! gives a [`MemoryEncoder`]. The forward pass is `cpu_model.rs` on the CPU, and `decoder.rs`, generic over burn's
-//! backends, on GPUs, where `memory_model.rs` joins it with weights, positions and prefix; `encoder.rs` selects and
-//! gathers. Nothing here knows about text, codecs or files of a bank.
+//! gives a [`MemoryEncoder`]. The forward pass is `cpu_model.rs` on the CPU and `gpu_model.rs` on NVIDIA GPUs. There is a
+//! third, `decoder.rs`, in burn, generic over its backends: for training, and for the tests as another opinion; there
+//! `memory_model.rs` joins it with weights, positions and prefix, and `encoder.rs` selects and gathers. Nothing here knows
+//! about text, codecs or files of a bank.
 
 mod config;
 mod cost_shape;
@@ -12,6 +13,7 @@ mod decoder;
 mod device;
 mod encoder;
 mod error;
+mod gpu_model;
 mod init;
 mod memory_model;
 mod prefix;
@@ -33,6 +35,7 @@ pub use decoder::{Decoder, DecoderLayer, LastLayer, LayerCache, LayerFeatures, M
 pub use device::{DType, Device, ParseDeviceError};
 pub use encoder::{ExactEncoder, PaddedEncoder};
 pub use error::ModelError;
+pub use gpu_model::{GpuMemories, GpuModel};
 pub use init::{InitError, InitOptions, InitReport, ParsePresetError, Preset, PresetShape, init_model};
 pub use memory_model::{LoadedSize, MemoryModel};
 pub use prefix::PrefixKv;
@@ -41,10 +44,6 @@ pub use weights::{WeightFiles, WeightReader};
 
 /// The most tokens of a chunk (P 1.1). Positions are prepared for this many, and a token's index is one byte.
 pub const MAX_CHUNK_TOKENS: usize = 128;
-
-/// Chunks that run together on a GPU.
-#[cfg(feature = "cuda")]
-const CUDA_BATCH: usize = 32;
 
 /// What is kept of a chunk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -104,14 +103,18 @@ pub trait MemoryEncoder: Send + Sync {
 
     /// What the memories depend on.
     fn fingerprint(&self) -> &Fingerprint;
+
+    /// The model on a GPU, if that is where this one runs: its memories can be worked on there.
+    fn gpu(&self) -> Option<&GpuModel> {
+        None
+    }
 }
 
 /// Loads the writing side of the model in `dir` onto a device. `prefix`: the model's BOS and the tokens of
 /// `Reference:`.
 ///
 /// # Errors
-/// The directory is no model that can be run, `spec` or `prefix` does not fit it, or this build or machine has no such
-/// device.
+/// The directory is no model that can be run, `spec` or `prefix` does not fit it, or this machine has no such device.
 pub fn open(
     dir: &Path,
     prefix: &[u32],
@@ -121,37 +124,7 @@ pub fn open(
 ) -> Result<Box<dyn MemoryEncoder>, ModelError> {
     match (device, dtype) {
         (Device::Cpu, dtype) => Ok(Box::new(ExactEncoder::new(CpuModel::load(dir, prefix, spec, dtype)?))),
-        #[cfg(feature = "cuda")]
-        (Device::Cuda(number), dtype) => open_cuda(dir, prefix, spec, number, dtype),
-        #[cfg(not(feature = "cuda"))]
-        (Device::Cuda(_), _) => {
-            let cause = "this build has no GPU support; build with --features cuda, or use --device cpu";
-            Err(ModelError::Device { device, dtype, cause })
-        }
-    }
-}
-
-#[cfg(feature = "cuda")]
-fn open_cuda(
-    dir: &Path,
-    prefix: &[u32],
-    spec: &MemorySpec,
-    number: usize,
-    dtype: DType,
-) -> Result<Box<dyn MemoryEncoder>, ModelError> {
-    use burn::backend::Cuda;
-    use burn::backend::cuda::CudaDevice;
-
-    let device = CudaDevice::new(number);
-    match dtype {
-        DType::F32 => {
-            let model = MemoryModel::<Cuda<f32, i32>>::load(dir, prefix, spec, &device)?;
-            Ok(Box::new(PaddedEncoder::new(model, CUDA_BATCH)))
-        }
-        DType::Bf16 => {
-            let model = MemoryModel::<Cuda<half::bf16, i32>>::load(dir, prefix, spec, &device)?;
-            Ok(Box::new(PaddedEncoder::new(model, CUDA_BATCH)))
-        }
+        (Device::Cuda(number), dtype) => Ok(Box::new(GpuModel::load(dir, prefix, spec, number, dtype)?)),
     }
 }
 

@@ -67,7 +67,7 @@ impl PrefixKv {
             let shape = <[usize; 4]>::try_from(view.shape()).ok().filter(|_| view.dtype() == Dtype::F32);
             let shape = shape.ok_or(ModelError::Prefix { cause: "k or v is not an f32 tensor of rank 4" })?;
             let values: Vec<f32> = view.data().as_chunks().0.iter().map(|&word| f32::from_le_bytes(word)).collect();
-            Ok((shape, values))
+            Ok::<_, ModelError>((shape, values))
         };
         let (tokens, layers) = (words("tokens")?, words("layers")?);
         let ((shape, k), (v_shape, v)) = (floats("k")?, floats("v")?);

@@ -20,12 +20,12 @@ use super::report::{ChunkCounts, DocumentCounts};
 use super::survey::{Chunked, claim, for_each_chunked};
 use super::{Origin, PipelineError};
 use crate::bank::{self, BankWriter, NewDocument, NewRecord};
-use crate::codec::CodecSet;
+use crate::codec::{CodecSet, GpuCodecSet};
 use crate::corpus::{Chunk, Chunker, Corpus, Document, Ledger};
 use crate::cost::{self, Lengths, ModelShape};
 use crate::embed::TextEmbedder;
 use crate::memory::{ContentHash, Memory, MemoryShape};
-use crate::model::{MemoryEncoder, ModelError};
+use crate::model::{GpuModel, MemoryEncoder, ModelError};
 
 /// Batches that may wait between two stages. Two keep both sides busy; more only takes memory.
 const CHANNEL_BATCHES: usize = 2;
@@ -48,6 +48,8 @@ pub struct Stages<'a> {
     pub encoder: &'a dyn MemoryEncoder,
     /// The quantizer.
     pub codec: &'a CodecSet,
+    /// Model and quantizer, if both are on one GPU: memories become codes there.
+    pub gpu: Option<(&'a GpuModel, GpuCodecSet)>,
     /// The retrieval encoder.
     pub embedder: &'a dyn TextEmbedder,
     /// The model's sizes, for counting its arithmetic.
@@ -109,7 +111,16 @@ struct Work<T> {
     made: T,
 }
 
+/// What the forward pass of a batch gives.
+enum Encoded {
+    /// Memories, to be quantized.
+    Dense(Vec<Memory>),
+    /// Codes already.
+    Quantized(Quantized),
+}
+
 /// Codes, selected tokens and counts of a batch.
+#[derive(Default)]
 struct Quantized {
     codes: Vec<u8>,
     memories: Vec<(Vec<u8>, u8)>,
@@ -123,7 +134,7 @@ impl Stages<'_> {
     pub fn run(&self, writer: &Mutex<BankWriter>, ledger: &mut Ledger) -> Result<Totals, PipelineError> {
         let in_flight = Mutex::new(HashSet::new());
         let (to_encode, batches) = bounded::<Batch>(CHANNEL_BATCHES);
-        let (to_quantize, encoded) = bounded::<Work<Vec<Memory>>>(CHANNEL_BATCHES);
+        let (to_quantize, encoded) = bounded::<Work<Encoded>>(CHANNEL_BATCHES);
         let (to_embed, quantized) = bounded::<Work<Quantized>>(CHANNEL_BATCHES);
         let (to_write, embedded) = bounded::<Work<(Quantized, Vec<f32>)>>(CHANNEL_BATCHES);
 
@@ -266,7 +277,7 @@ impl Stages<'_> {
         Ok(true)
     }
 
-    fn encode(&self, batch: Batch) -> Result<Work<Vec<Memory>>, PipelineError> {
+    fn encode(&self, batch: Batch) -> Result<Work<Encoded>, PipelineError> {
         let chunks: Vec<&[u32]> = batch.chunks.iter().map(|chunk| chunk.tokens.as_slice()).collect();
         let named = |first: usize, source: ModelError| match source.chunk() {
             Some(chunk) => {
@@ -275,14 +286,44 @@ impl Stages<'_> {
             }
             None => source.into(),
         };
-        let made = on_all(&self.progress.encode, &chunks, self.encoder.chunks_per_call(), |first, chunks| {
-            self.encoder.encode(chunks).map_err(|source| named(first, source))
-        })?;
+        let per_call = self.encoder.chunks_per_call();
+        let made = if let Some((model, codec)) = &self.gpu {
+            let mut made = Quantized::default();
+            for (number, chunks) in chunks.chunks(per_call).enumerate() {
+                self.encode_on_gpu(model, codec, chunks, &mut made)
+                    .map_err(|source| named(number * per_call, source))?;
+            }
+            Encoded::Quantized(made)
+        } else {
+            Encoded::Dense(on_all(&self.progress.encode, &chunks, per_call, |first, chunks| {
+                self.encoder.encode(chunks).map_err(|source| named(first, source))
+            })?)
+        };
         Ok(Work { batch, made })
     }
 
-    fn quantize(&self, work: Work<Vec<Memory>>) -> Result<Work<Quantized>, PipelineError> {
-        let Work { batch, made: memories } = work;
+    fn encode_on_gpu(
+        &self,
+        model: &GpuModel,
+        codec: &GpuCodecSet,
+        chunks: &[&[u32]],
+        made: &mut Quantized,
+    ) -> Result<(), ModelError> {
+        let memories = self.progress.encode.measure(chunks.len(), || model.encode_on_gpu(chunks))?;
+        let codes = self.progress.quantize.measure(chunks.len(), || codec.encode(memories.vectors(), chunks.len()))?;
+        made.codes.extend(codes);
+        let tokens = memories.tokens()?;
+        let tokens = tokens.chunks_exact(self.encoder.shape().token_indices()).map(<[u8]>::to_vec);
+        made.memories.extend(tokens.zip(memories.counts().iter().copied()));
+        Ok(())
+    }
+
+    fn quantize(&self, work: Work<Encoded>) -> Result<Work<Quantized>, PipelineError> {
+        let Work { batch, made } = work;
+        let memories = match made {
+            Encoded::Dense(memories) => memories,
+            Encoded::Quantized(made) => return Ok(Work { batch, made }),
+        };
         let shape = self.encoder.shape();
         let codes = on_all(&self.progress.quantize, &memories, 1, |_, memories| {
             let mut codes = Vec::new();

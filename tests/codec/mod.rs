@@ -3,7 +3,7 @@
 
 mod fixtures;
 mod peer;
-mod random;
+pub mod random;
 mod training;
 
 use memory3::codec::Codec;

@@ -1,11 +1,14 @@
 //! The register blocks of the products: one body, and what differs between the processors' instructions.
 //!
-//! In: rows of a block, a [`PackedMatrix`]. Out: the rows of the result. What always holds is said in `product.rs`.
+//! In: packed rows, a [`PackedMatrix`] or the [`Tiles`] of keys and values. Out: the rows of the result, as f32 or packed
+//! for the next product. What always holds is said in `product.rs`, for attention in `attention.rs`.
 //!
-//! The only `unsafe` is vector loads and stores, prefetches, and one change between vector types.
+//! The only `unsafe` is vector loads and stores, prefetches, and changes between vector types.
 #![allow(unsafe_code)]
 
-use super::{Line, PackedMatrix, RUN, Rows, Scratch, TILE};
+use super::{Activation, CELLS, Cells, Line, PackedMatrix, PackedRows, RUN, Rows, Sink, TILE, Tiles};
+use crate::cpu::attention::{Attend, Mask, Room, grown};
+use crate::cpu::lanes::Lanes;
 use crate::cpu::math;
 
 /// Asks for one of the two cache lines of a line that will be needed soon.
@@ -14,19 +17,12 @@ fn prefetch(line: &Line<u32>, half: usize) {
     let cells = &line.0.as_chunks::<16>().0[half];
     #[cfg(target_arch = "x86_64")]
     {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
         // SAFETY: SSE is part of the target; a prefetch reads nothing.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(cells.as_ptr().cast()) };
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(cells.as_ptr().cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = cells;
-}
-
-/// Makes `buffer` at least `len` long. It never shrinks, for growing again would fill it again.
-fn grow<T: Copy>(buffer: &mut Vec<T>, len: usize, value: T) {
-    if buffer.len() < len {
-        buffer.resize(len, value);
-    }
 }
 
 /// The value as bf16 in the upper half, rounded to nearest, ties to even.
@@ -38,43 +34,44 @@ pub(super) fn round_to_bf16(value: f32) -> u32 {
     (if value.is_nan() { bits | 0x0040_0000 } else { rounded }) & 0xffff_0000
 }
 
-/// The row as cells, one for each step.
+/// A cell for each value.
 #[inline(always)]
-pub(super) fn cells_of_f32<'a>(row: &'a [f32], _room: &'a mut [u32]) -> &'a [u32] {
-    bytemuck::cast_slice(row)
+pub(super) fn cells_of_f32(values: &[f32; CELLS]) -> Cells {
+    Cells(bytemuck::cast(*values))
 }
 
-/// The row as cells, one for each step, written to `room`.
+/// A cell for each two values, the earlier one low.
 #[inline(always)]
-pub(super) fn cells_of_bf16<'a>(row: &'a [f32], room: &'a mut [u32]) -> &'a [u32] {
-    let (pairs, last) = row.as_chunks::<2>();
-    for (cell, [low, high]) in room.iter_mut().zip(pairs) {
+pub(super) fn cells_of_bf16(values: &[f32; 2 * CELLS]) -> Cells {
+    let mut cells = [0; CELLS];
+    for (cell, [low, high]) in cells.iter_mut().zip(values.as_chunks().0) {
         *cell = round_to_bf16(*low) >> 16 | round_to_bf16(*high);
     }
-    if let ([low], Some(cell)) = (last, room.last_mut()) {
-        *cell = round_to_bf16(*low) >> 16;
-    }
-    room
+    Cells(cells)
 }
 
-/// Moves the sums of a tile, `[row]`, to their columns of `out`.
+/// A step of values as a matrix's rows: one row as it is.
 #[inline(always)]
-fn finish_tile(matrix: &PackedMatrix, tile: usize, sums: &[Line<f32>], out: &mut [f32]) {
-    let width = if matrix.gated { TILE / 2 } else { TILE };
-    let first = tile * width;
-    let end = (first + width).min(matrix.columns);
-    for (Line(sums), out) in sums.iter().zip(out.chunks_exact_mut(matrix.columns)) {
-        let out = &mut out[first..end];
-        if matrix.gated {
-            let mut product = [0.0; TILE / 2];
-            for (product, (&gate, &up)) in product.iter_mut().zip(sums.iter().zip(&sums[TILE / 2..])) {
-                *product = math::silu(gate) * up;
-            }
-            put(&product, out);
-        } else {
-            put(sums, out);
-        }
+fn join_f32(rows: [&[f32; CELLS]; 2]) -> [u32; CELLS] {
+    bytemuck::cast(*rows[0])
+}
+
+/// A step of values as a matrix's rows: two of them in a cell, the earlier one low.
+#[inline(always)]
+fn join_bf16([low, high]: [&[f32; CELLS]; 2]) -> [u32; CELLS] {
+    let mut cells = [0; CELLS];
+    for (cell, (low, high)) in cells.iter_mut().zip(low.iter().zip(high)) {
+        *cell = round_to_bf16(*low) >> 16 | round_to_bf16(*high);
     }
+    cells
+}
+
+/// The first values of a row that may end before; zeros behind.
+#[inline(always)]
+pub(super) fn padded<const LEN: usize>(row: &[f32]) -> [f32; LEN] {
+    let mut values = [0.0; LEN];
+    values[..row.len()].copy_from_slice(row);
+    values
 }
 
 #[inline(always)]
@@ -86,135 +83,340 @@ fn put<const LEN: usize>(values: &[f32; LEN], out: &mut [f32]) {
     }
 }
 
-/// The body of a level for one format: `$rows` is the most rows of a register block, which is `PART` columns wide.
+/// The body of a level for one format: `$rows` is the most rows of a register block, which is `PART` columns wide, and
+/// a step takes `$values` values of a row.
 macro_rules! level {
-    ($cells:ident, $multiply_add:ident, [$($count:literal)*] $rows:literal, $(#[$attr:meta])*) => {
+    (
+        $cells:ident, $join:ident, $multiply_add:ident, $values:literal, [$($count:literal)*] $rows:literal,
+        $(#[$attr:meta])*
+    ) => {
         use super::{
-            PART, REGS, Register, WIDTH, $multiply_add as multiply_add, load, load_cells, splat_cell, store,
-            transpose_square,
+            PART, REGS, Register, Vector, WIDTH, $cells as cells_of, $multiply_add as multiply_add, load, load_cells,
+            splat_cell, store, transpose_square,
         };
         use super::super::{
-            Line, PackedMatrix, RUN, Rows, Scratch, TILE, $cells as cells_of, finish_tile, grow, prefetch,
+            Activation, Attend, CELLS, Cells, Lanes, Line, Mask, PackedMatrix, PackedRows, RUN, Room, Rows, Sink, TILE, Tiles,
+                        $join as join, grown, math, padded, prefetch, put,
         };
 
         const ROWS: usize = $rows;
-        const _: () = assert!(TILE.is_multiple_of(PART));
+        /// Values of a row in a block of its cells.
+        const VALUES: usize = CELLS * $values;
+        const _: () = assert!(TILE.is_multiple_of(PART) && TILE.is_multiple_of(VALUES));
 
         /// Adds one step: `COUNT` of the cells in `x` by a register block of columns.
         $(#[$attr])*
-        fn step<const COUNT: usize>(x: &[u32; ROWS], columns: &[u32; PART], sums: &mut [[Register; REGS]; COUNT]) {
+        fn add_step<const COUNT: usize>(
+            x: &[Cells; ROWS], step: usize, columns: &[u32; PART], sums: &mut [[Register; REGS]; COUNT],
+        ) {
             let lanes = columns.as_chunks::<WIDTH>().0;
             let mut columns = [splat_cell(0); REGS];
             for r in 0..REGS {
                 columns[r] = load_cells(&lanes[r]);
             }
             for i in 0..COUNT {
-                let x = splat_cell(x[i]);
+                let x = splat_cell(x[i].0[step]);
                 for r in 0..REGS {
                     sums[i][r] = multiply_add(x, columns[r], sums[i][r]);
                 }
             }
         }
 
-        /// Adds to the sums of `COUNT` rows and the columns of `part`, over `group`, `[step][ROWS]`, and `tile`,
-        /// `[step]`; or to `start` for each row, where there is one. Fetches what is `ahead` meanwhile.
+        /// Adds to the sums of `COUNT` rows and the columns of `part`, over `group`, `[step / CELLS][ROWS]`, and `tile`,
+        /// `[step]`; or to `start` for each row, where there is one. Row i's sums are `lines[i * stride]`. Fetches what
+        /// is `ahead` meanwhile.
         $(#[$attr])*
         fn accumulate<const COUNT: usize>(
-            group: &[u32], tile: &[Line<u32>], part: usize, start: Option<&Line<f32>>, ahead: &[Line<u32>],
-            lines: &mut [Line<f32>],
+            group: &[Cells], tile: &[Line<u32>], part: usize, start: Option<&Line<f32>>, ahead: &[Line<u32>],
+            (lines, stride): (&mut [Line<f32>], usize),
         ) {
-            assert!(part < TILE / PART && lines.len() == COUNT);
+            assert!(part < TILE / PART && lines.len() > (COUNT - 1) * stride);
             let mut sums = [[load(&[0.0; WIDTH]); REGS]; COUNT];
             for i in 0..COUNT {
-                let lanes = start.unwrap_or(&lines[i]).0.as_chunks::<PART>().0[part].as_chunks::<WIDTH>().0;
+                let lanes = start.unwrap_or(&lines[i * stride]).0.as_chunks::<PART>().0[part].as_chunks::<WIDTH>().0;
                 for r in 0..REGS {
                     sums[i][r] = load(&lanes[r]);
                 }
             }
-            let mut steps = group.as_chunks::<ROWS>().0.iter().zip(tile);
+            let (blocks, last) = tile.as_chunks::<CELLS>();
+            let group = group.as_chunks::<ROWS>().0;
             // One cache line a step: two at once are measurably slower.
-            for (i, (x, line)) in steps.by_ref().take(2 * ahead.len()).enumerate() {
-                prefetch(&ahead[i / 2], i % 2);
-                step(x, &line.0.as_chunks::<PART>().0[part], &mut sums);
+            let (ahead_blocks, ahead_last) = ahead.as_chunks::<{ CELLS / 2 }>();
+            let mut steps = group.iter().zip(blocks);
+            for (ahead, (x, block)) in ahead_blocks.iter().zip(steps.by_ref()) {
+                for s in 0..CELLS {
+                    prefetch(&ahead[s / 2], s % 2);
+                    add_step(x, s, &block[s].0.as_chunks::<PART>().0[part], &mut sums);
+                }
             }
-            for (x, line) in steps {
-                step(x, &line.0.as_chunks::<PART>().0[part], &mut sums);
+            let mut ahead = ahead_last;
+            for (x, block) in steps {
+                let ahead = std::mem::take(&mut ahead);
+                for s in 0..CELLS {
+                    if let Some(line) = ahead.get(s / 2) {
+                        prefetch(line, s % 2);
+                    }
+                    add_step(x, s, &block[s].0.as_chunks::<PART>().0[part], &mut sums);
+                }
+            }
+            if let Some(x) = group.get(blocks.len()) {
+                for s in 0..last.len() {
+                    add_step(x, s, &last[s].0.as_chunks::<PART>().0[part], &mut sums);
+                }
             }
             for i in 0..COUNT {
-                let lanes = lines[i].0.as_chunks_mut::<PART>().0[part].as_chunks_mut::<WIDTH>().0;
+                let lanes = lines[i * stride].0.as_chunks_mut::<PART>().0[part].as_chunks_mut::<WIDTH>().0;
                 for r in 0..REGS {
                     store(sums[i][r], &mut lanes[r]);
                 }
             }
         }
 
-        /// Writes `group`, `[step]`, from the cells of `count` rows. What is there for further rows is left or spoilt.
+        /// [`accumulate`] of all parts for the first `count` rows of a group.
         $(#[$attr])*
-        fn transpose(rows: [&[u32]; ROWS], count: usize, group: &mut [[u32; ROWS]]) {
-            // Four rows at a time; where four does not divide, the last four overlap those before.
-            for first in (0..count).step_by(4).map(|first| first.min(ROWS - 4)) {
-                let [a, b, c, d] = [0, 1, 2, 3].map(|row| rows[first + row].as_chunks::<4>());
-                let (squares, last) = group.as_chunks_mut::<4>();
-                for ((((square, a), b), c), d) in squares.iter_mut().zip(a.0).zip(b.0).zip(c.0).zip(d.0) {
-                    let columns = transpose_square(a, b, c, d);
-                    for step in 0..4 {
-                        square[step][first..first + 4].copy_from_slice(&columns[step]);
+        fn add_tile(
+            group: &[Cells], count: usize, tile: &[Line<u32>], start: Option<&Line<f32>>, ahead: &[Line<u32>],
+            (lines, stride): (&mut [Line<f32>], usize),
+        ) {
+            for part in 0..TILE / PART {
+                let lines = (&mut *lines, stride);
+                match count {
+                    $($count => accumulate::<$count>(group, tile, part, start, ahead, lines),)*
+                    _ => accumulate::<ROWS>(group, tile, part, start, ahead, lines),
+                }
+            }
+        }
+
+        /// Packs the rows into `packed`, whose sizes are set.
+        $(#[$attr])*
+        pub(in super::super::super) fn pack(rows: Rows<'_>, packed: &mut PackedRows) {
+            let depth = packed.depth;
+            packed.rows_in_group = ROWS;
+            packed.resize();
+            for g in 0..packed.groups() {
+                let range = packed.range(g);
+                let (first, group) = (range.start, packed.group_mut(g));
+                for i in 0..range.len() {
+                    let row = &rows.data[(first + i) * rows.stride..][..depth];
+                    let (whole, rest) = row.as_chunks::<VALUES>();
+                    let mut places = group[i..].iter_mut().step_by(ROWS);
+                    for (values, cells) in whole.iter().zip(places.by_ref()) {
+                        *cells = cells_of(values);
+                    }
+                    if let Some(cells) = places.next() {
+                        *cells = cells_of(&padded(rest));
                     }
                 }
-                for (step, line) in last.iter_mut().enumerate() {
-                    line[first..first + 4].copy_from_slice(&[a.1[step], b.1[step], c.1[step], d.1[step]]);
-                }
             }
         }
 
-        /// `[group][step][ROWS]` of `count` rows in groups of equal size, give or take one.
+        /// Moves the sums of a tile, `[row]`, to their columns of the sink.
         $(#[$attr])*
-        fn pack(matrix: &PackedMatrix, rows: Rows<'_>, count: usize, scratch: &mut Scratch) {
-            let (depth, steps, groups) = (matrix.depth, matrix.steps, count.div_ceil(ROWS));
-            grow(&mut scratch.rows, ROWS * steps, 0);
-            grow(&mut scratch.groups, groups * steps * ROWS, 0);
-            for (g, group) in scratch.groups.chunks_exact_mut(steps * ROWS).take(groups).enumerate() {
-                let (first, end) = (g * count / groups, (g + 1) * count / groups);
-                let mut cells = [&[][..]; ROWS];
-                for (i, room) in scratch.rows.chunks_exact_mut(steps).take(ROWS).enumerate() {
-                    let row = (first + i).min(end - 1);
-                    cells[i] = cells_of(&rows.data[row * rows.stride..][..depth], room);
+        fn finish_tile(matrix: &PackedMatrix, t: usize, g: usize, lines: &mut [Line<f32>], sink: &mut Sink<'_>) {
+            match matrix.activation {
+                Activation::None => {}
+                Activation::Gelu => {
+                    for Line(sums) in &mut *lines {
+                        for x in sums.as_chunks_mut().0 {
+                            math::gelu(Vector::load(x)).store(x);
+                        }
+                    }
                 }
-                transpose(cells, end - first, group.as_chunks_mut().0);
+                Activation::Gated => {
+                    for Line(sums) in &mut *lines {
+                        let [gates, ups]: &mut [[f32; TILE / 2]; 2] = bytemuck::cast_mut(sums);
+                        math::silu(Vector::load(gates)).mul(Vector::load(ups)).store(gates);
+                    }
+                }
+            }
+            let gated = matrix.activation == Activation::Gated;
+            let width = if gated { TILE / 2 } else { TILE };
+            match sink {
+                Sink::Rows { out, first_row } => {
+                    let columns = t * width..((t + 1) * width).min(matrix.columns);
+                    for (i, Line(sums)) in lines.iter().enumerate() {
+                        let out = &mut out[(*first_row + i) * matrix.columns..][columns.clone()];
+                        if gated {
+                            put::<{ TILE / 2 }>(&sums.as_chunks().0[0], out);
+                        } else {
+                            put(sums, out);
+                        }
+                    }
+                }
+                Sink::Packed(packed) => {
+                    let blocks = packed.blocks();
+                    let group = packed.group_mut(g);
+                    for (i, Line(sums)) in lines.iter().enumerate() {
+                        if width < VALUES {
+                            // Half of a block: the gates of one tile in bf16.
+                            let mut values = [0.0; VALUES];
+                            values[..TILE / 2].copy_from_slice(&sums[..TILE / 2]);
+                            let Cells(cells) = cells_of(&values);
+                            let half = width / $values;
+                            let place = t * half;
+                            group[place / CELLS * ROWS + i].0[place % CELLS..][..half].copy_from_slice(&cells[..half]);
+                        } else {
+                            for b in 0..width / VALUES {
+                                let block = t * (width / VALUES) + b;
+                                if block < blocks {
+                                    group[block * ROWS + i] = cells_of(&sums.as_chunks::<VALUES>().0[b]);
+                                }
+                            }
+                        }
+                    }
+                }
             }
         }
 
+        /// Multiplies `groups` of the rows.
         $(#[$attr])*
         pub(in super::super::super) fn multiply(
-            matrix: &PackedMatrix, rows: Rows<'_>, out: &mut [f32], scratch: &mut Scratch,
+            matrix: &PackedMatrix, rows: &PackedRows, groups: std::ops::Range<usize>, sink: &mut Sink<'_>,
+            sums: &mut [Line<f32>],
         ) {
-            let (steps, count) = (matrix.steps, out.len() / matrix.columns);
-            let groups = count.div_ceil(ROWS);
-            pack(matrix, rows, count, scratch);
-            grow(&mut scratch.sums, count, Line([0.0; TILE]));
-            let run_steps = steps.div_ceil(steps.div_ceil(RUN));
+            assert!(rows.rows_in_group == ROWS, "rows were packed for another level");
+            if let Sink::Packed(packed) = &mut *sink {
+                packed.rows_in_group = ROWS;
+                packed.resize();
+            }
+            let steps = matrix.steps;
+            let run_steps = steps.div_ceil(steps.div_ceil(RUN)).next_multiple_of(CELLS);
             let mut ahead = &matrix.values[..];
             for (t, (tile, bias)) in matrix.values.chunks_exact(steps).zip(&matrix.bias).enumerate() {
                 for (run, tile) in tile.chunks(run_steps).enumerate() {
                     let (start, last) = ((run == 0).then_some(bias), (run + 1) * run_steps >= steps);
                     ahead = &ahead[tile.len()..];
-                    let mut shares = ahead.chunks(run_steps.div_ceil(groups));
-                    for (g, group) in scratch.groups.chunks_exact(steps * ROWS).take(groups).enumerate() {
-                        let group = &group[run * run_steps * ROWS..];
-                        let (first, end) = (g * count / groups, (g + 1) * count / groups);
-                        let lines = &mut scratch.sums[first..end];
+                    let mut shares = ahead.chunks(run_steps.div_ceil(groups.len()));
+                    for g in groups.clone() {
+                        let range = rows.range(g);
+                        let group = &rows.group(g)[run * run_steps / CELLS * ROWS..];
+                        let lines = &mut sums[range.clone()];
                         let ahead = shares.next().unwrap_or_default();
-                        for part in 0..TILE / PART {
-                            match lines.len() {
-                                $($count => accumulate::<$count>(group, tile, part, start, ahead, lines),)*
-                                _ => accumulate::<ROWS>(group, tile, part, start, ahead, lines),
-                            }
-                        }
+                        add_tile(group, range.len(), tile, start, ahead, (&mut *lines, 1));
                         // Here, not after the last group: the stores then wait for their cache lines beside the next
                         // group's arithmetic.
                         if last {
-                            finish_tile(matrix, t, lines, &mut out[first * matrix.columns..]);
+                            if let Sink::Rows { first_row, .. } = &mut *sink {
+                                *first_row = range.start;
+                            }
+                            finish_tile(matrix, t, g, lines, sink);
                         }
+                    }
+                }
+            }
+        }
+
+        /// Packs rows as columns: `[tile][step][TILE]`.
+        $(#[$attr])*
+        pub(in super::super::super) fn pack_columns<'a>(
+            count: usize, depth: usize, row: &dyn Fn(usize) -> &'a [f32], tiles: &mut Tiles,
+        ) {
+            tiles.steps = depth.div_ceil($values);
+            let steps = tiles.steps;
+            let values = tiles.resize(count.div_ceil(TILE));
+            for (t, tile) in values.chunks_exact_mut(steps).enumerate() {
+                // Four columns at a time.
+                for first in (0..TILE).step_by(4) {
+                    let rows = [0, 1, 2, 3].map(|i| {
+                        let column = t * TILE + first + i;
+                        if column < count { &row(column)[..depth] } else { &[] }
+                    });
+                    for (b, lines) in tile.chunks_mut(CELLS).enumerate() {
+                        let cells = rows.map(|row| {
+                            let rest = row.get(b * VALUES..).unwrap_or_default();
+                            rest.first_chunk().map_or_else(|| cells_of(&padded(rest)), |values| cells_of(values))
+                        });
+                        let [x, y, z, w] = [0, 1, 2, 3].map(|i| cells[i].0.as_chunks::<4>().0);
+                        for (square, lines) in lines.chunks_mut(4).enumerate() {
+                            let columns = transpose_square(&x[square], &y[square], &z[square], &w[square]);
+                            for (line, columns) in lines.iter_mut().zip(&columns) {
+                                line.0[first..first + 4].copy_from_slice(columns);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+
+        /// Packs rows as steps, so that a product sums over them: `[tile][step][TILE]`.
+        $(#[$attr])*
+        pub(in super::super::super) fn pack_steps<'a>(
+            count: usize, width: usize, row: &dyn Fn(usize) -> &'a [f32], tiles: &mut Tiles,
+        ) {
+            tiles.steps = count.div_ceil($values);
+            let steps = tiles.steps;
+            let values = tiles.resize(width.div_ceil(TILE));
+            for step in 0..steps {
+                let low = &row(step * $values)[..width];
+                let high = if step * $values + 1 < count { &row(step * $values + 1)[..width] } else { &[] };
+                for (half, places) in (0..values.len() / steps * (TILE / CELLS)).zip((0..).step_by(CELLS)) {
+                    let part = |row: &[f32]| -> [f32; CELLS] {
+                        let rest = row.get(places..).unwrap_or_default();
+                        rest.first_chunk().copied().unwrap_or_else(|| padded(rest))
+                    };
+                    let line = &mut values[half / (TILE / CELLS) * steps + step];
+                    line.0.as_chunks_mut().0[half % (TILE / CELLS)] = join([&part(low), &part(high)]);
+                }
+            }
+        }
+
+        /// Products of one group of rows with the columns of the first `tiles`: row i's are `lines[i * tiles..]`.
+        $(#[$attr])*
+        pub(in super::super::super) fn dots(
+            columns: &Tiles, rows: &PackedRows, g: usize, tiles: usize, lines: &mut [Line<f32>],
+        ) {
+            assert!(rows.rows_in_group == ROWS, "rows were packed for another level");
+            let (group, count) = (rows.group(g), rows.range(g).len());
+            for (t, tile) in columns.values.chunks_exact(columns.steps).take(tiles).enumerate() {
+                add_tile(group, count, tile, Some(&Line([0.0; TILE])), &[], (&mut lines[t..], tiles));
+            }
+        }
+
+        /// Attention of all queries: see `attention.rs`.
+        $(#[$attr])*
+        pub(in super::super::super) fn attend(task: &Attend<'_>, room: &mut Room, out: &mut [f32]) {
+            let Attend { keys, values, queries, count, dim, scale, mask, stride } = *task;
+            let (tiles, found_tiles) = (count.div_ceil(TILE), dim.div_ceil(TILE));
+            let logits = grown(&mut room.logits, ROWS * tiles, Line([0.0; TILE]));
+            let weights = grown(&mut room.weights, ROWS * tiles * (TILE / VALUES), Cells([0; CELLS]));
+            let found = grown(&mut room.found, ROWS * found_tiles, Line([0.0; TILE]));
+            let seen = |query: usize| match mask {
+                Mask::None => count,
+                Mask::Causal { first } => (first + query + 1).min(count),
+            };
+            for g in 0..queries.groups() {
+                let range = queries.range(g);
+                let most = seen(range.end - 1);
+                // 1. logits of the tiles that the group's last query sees
+                let tiles = most.div_ceil(TILE);
+                dots(keys, queries, g, tiles, logits);
+                // 2. what they are the logarithms of, packed as rows
+                let mut totals = [0.0; ROWS];
+                for i in 0..range.len() {
+                    let line = &mut logits[i * tiles..][..tiles];
+                    let seen = seen(range.start + i);
+                    totals[i] = math::exponentials::<Vector>(line, seen, scale);
+                    for (t, Line(values)) in line.iter().enumerate() {
+                        for b in 0..TILE / VALUES {
+                            let block = t * (TILE / VALUES) + b;
+                            weights[block * ROWS + i] = cells_of(&values.as_chunks::<VALUES>().0[b]);
+                        }
+                    }
+                }
+                // 3. their sums of values
+                let steps = most.div_ceil($values);
+                for (t, tile) in values.values.chunks_exact(values.steps).enumerate() {
+                    let lines = (&mut found[t..], found_tiles);
+                    add_tile(weights, range.len(), &tile[..steps], Some(&Line([0.0; TILE])), &[], lines);
+                }
+                // 4. shares of the totals
+                for i in 0..range.len() {
+                    let share = 1.0 / totals[i];
+                    let out = &mut out[(range.start + i) * stride..][..dim];
+                    for (out, found) in out.chunks_mut(TILE).zip(&found[i * found_tiles..]) {
+                        let mut shares = Line([0.0; TILE]);
+                        math::add_times::<Vector>(&mut shares, found, share);
+                        put(&shares.0, out);
                     }
                 }
             }
@@ -223,6 +425,9 @@ macro_rules! level {
 }
 
 pub(super) mod portable {
+    use super::{cells_of_bf16, cells_of_f32};
+    use crate::cpu::lanes::Portable as Vector;
+
     const WIDTH: usize = 4;
     const REGS: usize = 1;
     const PART: usize = WIDTH * REGS;
@@ -270,11 +475,11 @@ pub(super) mod portable {
     }
 
     pub(in super::super) mod f32 {
-        level!(cells_of_f32, multiply_add, [1 2 3] 4, #[allow(clippy::needless_range_loop)]);
+        level!(cells_of_f32, join_f32, multiply_add, 1, [1 2 3] 4, #[allow(clippy::needless_range_loop)]);
     }
 
     pub(in super::super) mod bf16 {
-        level!(cells_of_bf16, multiply_add_pairs, [1 2 3] 4, #[allow(clippy::needless_range_loop)]);
+        level!(cells_of_bf16, join_bf16, multiply_add_pairs, 2, [1 2 3] 4, #[allow(clippy::needless_range_loop)]);
     }
 }
 
@@ -323,6 +528,8 @@ pub(super) mod avx2 {
     };
 
     use super::sse::transpose_square;
+    use super::{cells_of_bf16, cells_of_f32};
+    use crate::cpu::lanes::x86::Avx2 as Vector;
 
     const WIDTH: usize = 8;
     const REGS: usize = 2;
@@ -372,12 +579,12 @@ pub(super) mod avx2 {
     }
 
     pub(in super::super) mod f32 {
-        level!(cells_of_f32, multiply_add, [1 2 3 4 5] 6, #[allow(clippy::needless_range_loop)]
+        level!(cells_of_f32, join_f32, multiply_add, 1, [1 2 3 4 5] 6, #[allow(clippy::needless_range_loop)]
             #[inline] #[target_feature(enable = "avx2,fma")]);
     }
 
     pub(in super::super) mod bf16 {
-        level!(cells_of_bf16, multiply_add_pairs, [1 2 3] 4, #[allow(clippy::needless_range_loop)]
+        level!(cells_of_bf16, join_bf16, multiply_add_pairs, 2, [1 2 3] 4, #[allow(clippy::needless_range_loop)]
             #[inline] #[target_feature(enable = "avx2,fma")]);
     }
 }
@@ -385,11 +592,13 @@ pub(super) mod avx2 {
 #[cfg(target_arch = "x86_64")]
 pub(super) mod avx512 {
     use std::arch::x86_64::{
-        __m512, __m512bh, __m512i, _mm512_and_si512, _mm512_castsi512_ps, _mm512_dpbf16_ps, _mm512_fmadd_ps,
-        _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_slli_epi32, _mm512_storeu_ps,
+        __m512, __m512bh, __m512i, _mm512_and_si512, _mm512_castsi512_ps, _mm512_cvtne2ps_pbh, _mm512_dpbf16_ps,
+        _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_slli_epi32, _mm512_storeu_ps,
     };
 
     use super::sse::transpose_square;
+    use super::{CELLS, Cells, cells_of_bf16, cells_of_f32};
+    use crate::cpu::lanes::x86::Avx512 as Vector;
 
     const WIDTH: usize = 16;
     const REGS: usize = 2;
@@ -446,18 +655,29 @@ pub(super) mod avx512 {
         _mm512_dpbf16_ps(c, a, b)
     }
 
+    /// [`super::cells_of_bf16`], save that subnormal numbers become zero.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    fn cells_by_instruction(values: &[f32; 2 * CELLS]) -> Cells {
+        let (low, high) = values.split_first_chunk::<WIDTH>().unwrap_or((&[0.0; WIDTH], &[]));
+        let high = high.first_chunk().unwrap_or(&[0.0; WIDTH]);
+        let cells = _mm512_cvtne2ps_pbh(load(high), load(low));
+        // SAFETY: both types are 64 bytes of which every pattern is a value.
+        Cells(unsafe { std::mem::transmute::<__m512bh, [u32; CELLS]>(cells) })
+    }
+
     pub(in super::super) mod f32 {
-        level!(cells_of_f32, multiply_add, [1 2 3 4 5 6 7 8 9 10 11] 12, #[allow(clippy::needless_range_loop)]
+        level!(cells_of_f32, join_f32, multiply_add, 1, [1 2 3 4 5 6 7 8 9 10 11] 12, #[allow(clippy::needless_range_loop)]
             #[inline] #[target_feature(enable = "avx512f")]);
     }
 
     pub(in super::super) mod bf16 {
-        level!(cells_of_bf16, multiply_add_pairs, [1 2 3 4 5 6 7 8 9 10 11] 12, #[allow(clippy::needless_range_loop)]
+        level!(cells_of_bf16, join_bf16, multiply_add_pairs, 2, [1 2 3 4 5 6 7 8 9 10 11] 12, #[allow(clippy::needless_range_loop)]
             #[inline] #[target_feature(enable = "avx512f")]);
     }
 
     pub(in super::super) mod bf16_dot {
-        level!(cells_of_bf16, dot_pairs, [1 2 3 4 5 6 7 8 9 10 11] 12, #[allow(clippy::needless_range_loop)]
+        level!(cells_by_instruction, join_bf16, dot_pairs, 2, [1 2 3 4 5 6 7 8 9 10 11] 12, #[allow(clippy::needless_range_loop)]
             #[inline] #[target_feature(enable = "avx512f,avx512bf16")]);
     }
 }
