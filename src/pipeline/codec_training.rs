@@ -59,8 +59,8 @@ impl ChosenCodec {
             scope: self.set.scope().to_string(),
             code_bytes: self.set.code_bytes() as u64,
             training_vectors: self.training_vectors,
-            key_mse: self.quality.and_then(|quality| quality.keys),
-            value_mse: self.quality.and_then(|quality| quality.values),
+            key_mse: self.quality.and_then(|quality| quality.keys).map(six_digits),
+            value_mse: self.quality.and_then(|quality| quality.values).map(six_digits),
             fallback: self.note.clone(),
         }
     }
@@ -73,6 +73,11 @@ impl ChosenCodec {
             .map_or_else(String::new, |(keys, values)| format!(", held-out error keys {keys:.4}, values {values:.4}"));
         format!("{}, {bytes} bytes a vector{error}", self.spec)
     }
+}
+
+/// So many digits come back from JSON as they went in, of which a resumed run makes the same manifest; all 17 need not.
+fn six_digits(error: f64) -> f64 {
+    (error * 1e6).round() / 1e6
 }
 
 /// What to sample, known before the survey.
