@@ -17,9 +17,10 @@ quick:
     cargo clippy --locked --all-targets -- -D warnings
     cargo test --locked --lib
 
-# The GPU build (several minutes); runs on a machine without CUDA too, until --device cuda:N is asked for
-cuda:
-    cargo build --release --locked --features cuda
+# On a machine with an NVIDIA GPU: the tests that compare it with the CPU, and its bench
+gpu:
+    MEMORY3_GPU=required cargo test --locked --test suite gpu::
+    cargo bench --locked --bench suite -- gpu
 
 # A bank of 400 000 records, for figures: too long for `check`
 scale:
