@@ -198,7 +198,7 @@ pub fn compile(
         codec_files: codec.set.files(),
         prefix: opened.encoder.prefix().to_safetensors_bytes()?,
         retrieval,
-        tombstones: std::mem::take(&mut run.plan.dead),
+        tombstones: writer.still_unclaimed(std::mem::take(&mut run.plan.dead))?,
         quality: std::collections::BTreeMap::new(),
         keep_generations: config.bank.keep_generations,
     };

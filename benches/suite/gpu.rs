@@ -40,7 +40,7 @@ pub fn run(effort: Effort) -> Table {
     shape.num_hidden_layers = effort.choose(LAYERS, 1) + 1;
     let (rows, n, k) = (CHUNKS * CHUNK_TOKENS, 2 * shape.intermediate_size, shape.hidden_size);
     let workspace = Product::workspace(&gpu).unwrap();
-    let mut product = Product::new(&workspace, [n, k], rows, true, ProductInto::Same).unwrap();
+    let mut product = Product::new(&gpu, &workspace, [n, k], rows, true, ProductInto::Same).unwrap();
     let mut numbers = Numbers::new(6);
     let mut random =
         |count: usize| -> Vec<half::bf16> { (0..count).map(|_| half::bf16::from_f32(numbers.normal())).collect() };
@@ -75,7 +75,7 @@ pub fn run(effort: Effort) -> Table {
     let set = CodecSet::shared(random_codec(factory, shape.head_dim, 9));
     let codec = GpuCodecSet::new(&Arc::clone(model.gpu()), &set, model.shape(), CHUNKS).unwrap().unwrap();
     let memories = model.encode_on_gpu(&chunks[..2]).unwrap();
-    let codes = codec.encode(memories.vectors(), 2).unwrap();
+    let codes = codec.encode(memories.vectors()).unwrap();
     drop(memories);
     let mut expected = Vec::new();
     set.encode_memories(&found, &model.shape(), &mut expected);
@@ -90,7 +90,7 @@ pub fn run(effort: Effort) -> Table {
     });
     let both = rate(rounds, || {
         let memories = model.encode_on_gpu(&chunks).unwrap();
-        drop(codec.encode(memories.vectors(), CHUNKS).unwrap());
+        drop(codec.encode(memories.vectors()).unwrap());
         CHUNKS as f64
     });
     table.row(

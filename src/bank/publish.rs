@@ -77,7 +77,7 @@ impl BankWriter {
             return Err(BankError::bad_input("code bytes", self.spec().code_bytes, input.codec.code_bytes));
         }
         self.close_shard()?;
-        let mut dead = self.superseded()?;
+        let mut dead: Vec<RowId> = self.superseded()?.into_iter().map(|(old, _)| old).collect();
         dead.extend(self.tombstones.rows().iter().chain(&input.tombstones));
         let files = self.store_codec(&input.codec_files)?;
         let publication = Publication { io: &*self.io, dir: self.lock.dir(), published: self.published.as_ref() };

@@ -163,7 +163,7 @@ impl Room {
     fn new(gpu: &Gpu, shape: EncoderShape, inner: usize, tokens: usize) -> Result<Self, EmbedError> {
         let (dim, width) = (shape.dim(), shape.width());
         let workspace = Product::workspace(gpu)?;
-        let product = |n, k, into| Product::new(&workspace, [n, k], tokens, shape.bf16, into);
+        let product = |n, k, into| Product::new(gpu, &workspace, [n, k], tokens, shape.bf16, into);
         Ok(Self {
             batch: TextBatch::new(gpu, BATCH_TEXTS, tokens)?,
             tokens,

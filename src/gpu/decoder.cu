@@ -152,7 +152,7 @@ __device__ __forceinline__ void load_queries(u32 a[D / 8][2], const u16* q, int 
 extern "C" __global__ void __launch_bounds__(256) attend(
     T* out, const T* qkv, const int* starts, const float* cos, const float* sin,
     const T* prefix_k, const T* prefix_v, int r, int heads, int kv_heads, float scale) {
-    extern __shared__ u16 shared[];
+    extern __shared__ __align__(16) u16 shared[];
     u16* keys = shared;                     // [key][K_STRIDE]
     u16* values = shared + KEYS * K_STRIDE; // [dim][V_STRIDE]
     int chunk = blockIdx.x, head = blockIdx.y, kv_head = head / (heads / kv_heads);
@@ -282,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(256) attend(
 extern "C" __global__ void __launch_bounds__(256) attend(
     T* out, const T* qkv, const int* starts, const float* cos, const float* sin,
     const T* prefix_k, const T* prefix_v, int r, int heads, int kv_heads, float scale) {
-    extern __shared__ float room[]; // keys [KEYS][D + 1], a query and a row of weights for each warp
+    extern __shared__ __align__(16) float room[]; // keys [KEYS][D + 1], a query and a row of weights for each warp
     int chunk = blockIdx.x, head = blockIdx.y, kv_head = head / (heads / kv_heads);
     int first = starts[chunk], rows = starts[chunk + 1] - first, stride = (heads + 2 * kv_heads) * D, total = r + rows;
     const float* chunk_qkv = qkv + (size_t)first * stride;
@@ -343,7 +343,7 @@ extern "C" __global__ void __launch_bounds__(256) attend(
 }
 #endif
 
-// 128 queries of one head against all keys of the chunk, before RoPE, no mask: s[n] holds the logits, times log2(e), of
+// 16 queries of one head against all keys of the chunk, before RoPE, no mask: s[n] holds the logits, times log2(e), of
 // columns 8 n + 2 t, + 1 of rows g and g + 8. Columns and rows from `tokens` on are minus infinity.
 #if BF16
 __device__ __forceinline__ void logits(float s[16][4], const u16* q, const u16* keys, int stride, int row, int tokens, float scale) {
@@ -392,11 +392,11 @@ __device__ __forceinline__ void logits(float s[16][4], const float* q, const flo
 
 // Selection weights of a layer, the greatest of them, and their tokens. Grid: chunk, kv_head. 256 threads.
 // selected: [chunk][heads of all layers][slots], this layer's heads from `place` on, ascending, zero behind the last.
-// damaged[chunk]: at most this layer's number if a weight is not finite. EXP 1: sum of exp(logit - greatest); 0: softmax of each query.
+// damaged[chunk]: at most this layer's place among the memory layers if a weight is not finite. exp_score: sums of exp(logit - greatest); otherwise of the softmax of each query.
 extern "C" __global__ void __launch_bounds__(256) choose(
     u8* selected, int* damaged, const T* qkv, const int* starts,
     int heads, int kv_heads, int place, int all_heads, int slots, float scale, int exp_score) {
-    extern __shared__ T key_room[];    // [128][K_STRIDE]
+    extern __shared__ __align__(16) T key_room[]; // [128][K_STRIDE]
     __shared__ float columns[8][128];
     __shared__ float shared_most;
     int chunk = blockIdx.x, kv_head = blockIdx.y, group = heads / kv_heads;
@@ -543,7 +543,8 @@ extern "C" __global__ void gather(
         int slot = i / HALF, pair = i % HALF;
         float a = 0, b = 0, x = 0, y = 0;
         if (slot < tokens) {
-            int token = all ? slot : selected[((size_t)chunk * all_heads + place + kv_head) * slots + slot];
+            // Bounded, so that bytes of anything cannot lead out of the chunk.
+            int token = all ? slot : min(tokens - 1, (int)selected[((size_t)chunk * all_heads + place + kv_head) * slots + slot]);
             const T* key = chunk_qkv + (size_t)token * stride + (heads + kv_head) * D + pair;
             const T* value = key + kv_heads * D;
             float c = cos[token * HALF + pair], s = sin[token * HALF + pair];

@@ -32,7 +32,8 @@ pub struct DecoderShape {
 impl DecoderShape {
     /// Whether there are kernels for this shape.
     pub fn is_supported(&self) -> bool {
-        self.head_dim.is_multiple_of(16) && (16..=128).contains(&self.head_dim) && self.prefix <= 128
+        let groups = self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads);
+        groups && self.head_dim.is_multiple_of(16) && (16..=128).contains(&self.head_dim) && self.prefix <= 128
     }
 
     /// Bytes of a number.
@@ -122,6 +123,8 @@ impl Batch {
     pub fn fill(&mut self, gpu: &Gpu, chunks: &[&[u32]]) -> Result<(), GpuError> {
         assert!(chunks.len() <= self.room_chunks, "{} chunks in a batch of {}", chunks.len(), self.room_chunks);
         assert!(chunks.iter().all(|chunk| (1..=CHUNK_TOKENS).contains(&chunk.len())), "chunks of 1 to 128 tokens");
+        // What is there is not what was, should copying fail.
+        (self.chunks, self.rows) = (0, 0);
         let mut starts = vec![0_u32];
         for chunk in chunks {
             let tokens = u32::try_from(chunk.len()).unwrap_or(u32::MAX);
@@ -152,12 +155,13 @@ impl Batch {
         Ok(damaged.iter().enumerate().find_map(|(chunk, found)| Some((chunk, place(found)?))))
     }
 
-    pub(super) fn chunks(&self) -> usize {
+    /// Chunks that were taken last.
+    pub fn chunks(&self) -> usize {
         self.chunks
     }
 
-    pub(super) fn starts(&self) -> u64 {
-        self.starts.room_for((self.chunks + 1) * 4)
+    pub(super) fn starts(&self, gpu: &Gpu) -> u64 {
+        self.starts.room_for(gpu, (self.chunks + 1) * 4)
     }
 }
 
@@ -170,6 +174,12 @@ pub struct MemoryLayer {
     pub layers: usize,
     /// Tokens kept per key-value head, at most 128.
     pub slots: usize,
+}
+
+impl MemoryLayer {
+    fn check(self) {
+        assert!(self.place < self.layers && self.slots <= CHUNK_TOKENS, "{self:?}");
+    }
 }
 
 impl DecoderKernels {
@@ -225,9 +235,9 @@ impl DecoderKernels {
         width: usize,
     ) -> Result<(), GpuError> {
         let mut args = [
-            x.room_for(batch.rows * width * 4).into(),
-            table.room_for((batch.greatest_token + 1) * width * self.shape.width()).into(),
-            batch.tokens.room_for(batch.rows * 4).into(),
+            x.room_for(gpu, batch.rows * width * 4).into(),
+            table.room_for(gpu, (batch.greatest_token + 1) * width * self.shape.width()).into(),
+            batch.tokens.room_for(gpu, batch.rows * 4).into(),
             width.into(),
         ];
         // SAFETY: sizes are checked above, the table's by the greatest token.
@@ -250,9 +260,9 @@ impl DecoderKernels {
     ) -> Result<(), GpuError> {
         assert!(width.is_multiple_of(2), "rows of {width} numbers");
         let mut args = [
-            normed.room_for(rows * width * self.shape.width()).into(),
-            x.room_for(rows * width * 4).into(),
-            gamma.room_for(width * 4).into(),
+            normed.room_for(gpu, rows * width * self.shape.width()).into(),
+            x.room_for(gpu, rows * width * 4).into(),
+            gamma.room_for(gpu, width * 4).into(),
             width.into(),
             eps.into(),
         ];
@@ -277,8 +287,8 @@ impl DecoderKernels {
         let (dim, stride) = (self.shape.head_dim, self.shape.qkv());
         assert!((first + heads) * dim <= stride, "heads {first} to {}", first + heads);
         let mut args = [
-            qkv.room_for(rows * stride * self.shape.width()).into(),
-            gamma.room_for(dim * 4).into(),
+            qkv.room_for(gpu, rows * stride * self.shape.width()).into(),
+            gamma.room_for(gpu, dim * 4).into(),
             stride.into(),
             (first * dim).into(),
             heads.into(),
@@ -304,7 +314,8 @@ impl DecoderKernels {
         f32: bool,
     ) -> Result<(), GpuError> {
         let (kernel, bytes) = if f32 { (&self.add_bias_f32, 4) } else { (&self.add_bias, self.shape.width()) };
-        let mut args = [x.room_for(rows * width * bytes).into(), bias.room_for(width * 4).into(), width.into()];
+        let mut args =
+            [x.room_for(gpu, rows * width * bytes).into(), bias.room_for(gpu, width * 4).into(), width.into()];
         // SAFETY: sizes are checked above.
         unsafe { gpu.launch(kernel, Self::a_block_a_row(rows), &mut args) }
     }
@@ -321,7 +332,7 @@ impl DecoderKernels {
         [rows, width]: [usize; 2],
     ) -> Result<(), GpuError> {
         let bytes = rows * width * self.shape.width();
-        let mut args = [out.room_for(bytes).into(), gate_up.room_for(2 * bytes).into(), width.into()];
+        let mut args = [out.room_for(gpu, bytes).into(), gate_up.room_for(gpu, 2 * bytes).into(), width.into()];
         // SAFETY: sizes are checked above.
         unsafe { gpu.launch(&self.silu_times, Self::a_block_a_row(rows), &mut args) }
     }
@@ -344,14 +355,14 @@ impl DecoderKernels {
         let width = self.shape.width();
         let r = prefix.map_or(0, |_| self.shape.prefix);
         let prefix_bytes = kv_heads * r * head_dim * width;
-        let (k, v) = prefix.map_or((0, 0), |(k, v)| (k.room_for(prefix_bytes), v.room_for(prefix_bytes)));
+        let (k, v) = prefix.map_or((0, 0), |(k, v)| (k.room_for(gpu, prefix_bytes), v.room_for(gpu, prefix_bytes)));
         let rope_bytes = CHUNK_TOKENS * head_dim / 2 * 4;
         let mut args = [
-            out.room_for(batch.rows * heads * head_dim * width).into(),
-            qkv.room_for(batch.rows * self.shape.qkv() * width).into(),
-            batch.starts().into(),
-            rope.cos.room_for(rope_bytes).into(),
-            rope.sin.room_for(rope_bytes).into(),
+            out.room_for(gpu, batch.rows * heads * head_dim * width).into(),
+            qkv.room_for(gpu, batch.rows * self.shape.qkv() * width).into(),
+            batch.starts(gpu).into(),
+            rope.cos.room_for(gpu, rope_bytes).into(),
+            rope.sin.room_for(gpu, rope_bytes).into(),
             k.into(),
             v.into(),
             r.into(),
@@ -378,13 +389,14 @@ impl DecoderKernels {
         layer: MemoryLayer,
         exp: bool,
     ) -> Result<(), GpuError> {
+        layer.check();
         let DecoderShape { heads, kv_heads, .. } = self.shape;
         let MemoryLayer { place, layers, slots } = layer;
         let mut args = [
-            selected.room_for(batch.chunks * layers * kv_heads * slots).into(),
-            batch.damaged.room_for(batch.chunks * 4).into(),
-            qkv.room_for(batch.rows * self.shape.qkv() * self.shape.width()).into(),
-            batch.starts().into(),
+            selected.room_for(gpu, batch.chunks * layers * kv_heads * slots).into(),
+            batch.damaged.room_for(gpu, batch.chunks * 4).into(),
+            qkv.room_for(gpu, batch.rows * self.shape.qkv() * self.shape.width()).into(),
+            batch.starts(gpu).into(),
             heads.into(),
             kv_heads.into(),
             (place * kv_heads).into(),
@@ -414,18 +426,19 @@ impl DecoderKernels {
         selected: Option<&GpuMemory>,
         layer: MemoryLayer,
     ) -> Result<(), GpuError> {
+        layer.check();
         let DecoderShape { heads, kv_heads, head_dim, .. } = self.shape;
         let MemoryLayer { place, layers, slots } = layer;
         let floats = 2 * kv_heads * slots * head_dim;
         let rope_bytes = CHUNK_TOKENS * head_dim / 2 * 4;
         let mut args = [
-            vectors.room_for(batch.chunks * layers * floats * 4).into(),
-            batch.damaged.room_for(batch.chunks * 4).into(),
-            qkv.room_for(batch.rows * self.shape.qkv() * self.shape.width()).into(),
-            batch.starts().into(),
-            rope.cos.room_for(rope_bytes).into(),
-            rope.sin.room_for(rope_bytes).into(),
-            selected.map_or(0, |selected| selected.room_for(batch.chunks * layers * kv_heads * slots)).into(),
+            vectors.room_for(gpu, batch.chunks * layers * floats * 4).into(),
+            batch.damaged.room_for(gpu, batch.chunks * 4).into(),
+            qkv.room_for(gpu, batch.rows * self.shape.qkv() * self.shape.width()).into(),
+            batch.starts(gpu).into(),
+            rope.cos.room_for(gpu, rope_bytes).into(),
+            rope.sin.room_for(gpu, rope_bytes).into(),
+            selected.map_or(0, |selected| selected.room_for(gpu, batch.chunks * layers * kv_heads * slots)).into(),
             heads.into(),
             kv_heads.into(),
             (place * kv_heads).into(),

@@ -169,14 +169,14 @@ impl EncoderKernels {
     ) -> Result<(), GpuError> {
         let (rows, dim) = (batch.rows, self.shape.dim());
         let mut args = [
-            x.room_for(rows * dim * 4).into(),
-            rounded.room_for(rows * dim * self.shape.width()).into(),
-            words.room_for((batch.greatest[0] + 1) * dim * 4).into(),
-            positions.room_for((batch.greatest[1] + 1) * dim * 4).into(),
-            batch.ids.room_for(rows * 4).into(),
-            batch.positions.room_for(rows * 4).into(),
-            norm.gamma.room_for(dim * 4).into(),
-            norm.beta.room_for(dim * 4).into(),
+            x.room_for(gpu, rows * dim * 4).into(),
+            rounded.room_for(gpu, rows * dim * self.shape.width()).into(),
+            words.room_for(gpu, (batch.greatest[0] + 1) * dim * 4).into(),
+            positions.room_for(gpu, (batch.greatest[1] + 1) * dim * 4).into(),
+            batch.ids.room_for(gpu, rows * 4).into(),
+            batch.positions.room_for(gpu, rows * 4).into(),
+            norm.gamma.room_for(gpu, dim * 4).into(),
+            norm.beta.room_for(gpu, dim * 4).into(),
             dim.into(),
             norm.eps.into(),
         ];
@@ -199,11 +199,11 @@ impl EncoderKernels {
     ) -> Result<(), GpuError> {
         let dim = self.shape.dim();
         let mut args = [
-            x.room_for(rows * dim * 4).into(),
-            rounded.room_for(rows * dim * self.shape.width()).into(),
-            bias.room_for(dim * 4).into(),
-            norm.gamma.room_for(dim * 4).into(),
-            norm.beta.room_for(dim * 4).into(),
+            x.room_for(gpu, rows * dim * 4).into(),
+            rounded.room_for(gpu, rows * dim * self.shape.width()).into(),
+            bias.room_for(gpu, dim * 4).into(),
+            norm.gamma.room_for(gpu, dim * 4).into(),
+            norm.beta.room_for(gpu, dim * 4).into(),
             dim.into(),
             norm.eps.into(),
         ];
@@ -225,8 +225,8 @@ impl EncoderKernels {
         gelu: bool,
     ) -> Result<(), GpuError> {
         let mut args = [
-            x.room_for(rows * width * self.shape.width()).into(),
-            bias.room_for(width * 4).into(),
+            x.room_for(gpu, rows * width * self.shape.width()).into(),
+            bias.room_for(gpu, width * 4).into(),
             width.into(),
             usize::from(gelu).into(),
         ];
@@ -242,9 +242,9 @@ impl EncoderKernels {
     pub fn attend(&self, gpu: &Gpu, out: &GpuMemory, qkv: &GpuMemory, batch: &TextBatch) -> Result<(), GpuError> {
         let bytes = batch.rows * self.shape.dim() * self.shape.width();
         let mut args = [
-            out.room_for(bytes).into(),
-            qkv.room_for(3 * bytes).into(),
-            batch.starts.room_for((batch.texts + 1) * 4).into(),
+            out.room_for(gpu, bytes).into(),
+            qkv.room_for(gpu, 3 * bytes).into(),
+            batch.starts.room_for(gpu, (batch.texts + 1) * 4).into(),
             self.shape.heads.into(),
         ];
         let grid = [batch.texts, self.shape.heads * batch.longest.div_ceil(QUERIES)];
@@ -267,9 +267,9 @@ impl EncoderKernels {
     ) -> Result<(), GpuError> {
         let dim = self.shape.dim();
         let mut args = [
-            pooled.room_for(batch.texts * dim * 4).into(),
-            x.room_for(batch.rows * dim * 4).into(),
-            batch.starts.room_for((batch.texts + 1) * 4).into(),
+            pooled.room_for(gpu, batch.texts * dim * 4).into(),
+            x.room_for(gpu, batch.rows * dim * 4).into(),
+            batch.starts.room_for(gpu, (batch.texts + 1) * 4).into(),
             dim.into(),
             usize::from(mean).into(),
         ];

@@ -148,10 +148,14 @@ impl GpuModel {
         &self.gpu
     }
 
-    /// The memories of up to [`MemoryEncoder::chunks_per_call`] chunks, left on the GPU.
+    /// The memories of 1 to [`MemoryEncoder::chunks_per_call`] chunks, left on the GPU. They must be dropped before the next
+    /// call from the same thread, which waits for them.
     ///
     /// # Errors
     /// As [`MemoryEncoder::encode`].
+    ///
+    /// # Panics
+    /// If there are more.
     pub fn encode_on_gpu(&self, chunks: &[&[u32]]) -> Result<GpuMemories<'_>, ModelError> {
         for (index, chunk) in chunks.iter().enumerate() {
             self.setup.check_chunk(index, chunk)?;
@@ -351,7 +355,7 @@ impl Room {
         let (rows, d, inner) = (BATCH_CHUNKS * MAX_CHUNK_TOKENS, config.hidden_size, config.intermediate_size);
         let (queries, width, memory) = (shape.heads * shape.head_dim, shape.width(), setup.shape());
         let workspace = Product::workspace(gpu)?;
-        let product = |n, k, into| Product::new(&workspace, [n, k], rows, shape.bf16, into);
+        let product = |n, k, into| Product::new(gpu, &workspace, [n, k], rows, shape.bf16, into);
         Ok(Self {
             batch: Batch::new(gpu, BATCH_CHUNKS)?,
             x: gpu.zeros(rows * d * 4)?,

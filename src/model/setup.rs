@@ -1,7 +1,7 @@
 //! What every way of running a model begins with: directory, settings and prefix, checked before any weight is read.
 //!
-//! In: a Hugging Face directory, a [`MemorySpec`], prefix tokens. Out: a [`Setup`], from which `cpu_model.rs` and
-//! `memory_model.rs` load weights onto their device, and the fingerprint that both give.
+//! In: a Hugging Face directory, a [`MemorySpec`], prefix tokens. Out: a [`Setup`], from which `cpu_model.rs`,
+//! `gpu_model.rs` and `memory_model.rs` load weights onto their device, and the fingerprint that both give.
 
 use std::path::Path;
 

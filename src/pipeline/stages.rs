@@ -310,7 +310,7 @@ impl Stages<'_> {
         made: &mut Quantized,
     ) -> Result<(), ModelError> {
         let memories = self.progress.encode.measure(chunks.len(), || model.encode_on_gpu(chunks))?;
-        let codes = self.progress.quantize.measure(chunks.len(), || codec.encode(memories.vectors(), chunks.len()))?;
+        let codes = self.progress.quantize.measure(chunks.len(), || codec.encode(memories.vectors()))?;
         made.codes.extend(codes);
         let tokens = memories.tokens()?;
         let tokens = tokens.chunks_exact(self.encoder.shape().token_indices()).map(<[u8]>::to_vec);
