@@ -58,5 +58,6 @@ pub use retrieval::{RetrievalIndex, SearchParams};
 pub use rewrite::{Compaction, Embed, Leftovers, NewVectors, ShardLife};
 pub use shard::{RecordRef, Shard};
 pub use shard_header::ShardHeader;
+pub use tombstones::Tombstones;
 pub use verify::{Report, VerifyOptions, verify};
 pub use writer::{BankSpec, BankWriter, Claim, NewDocument, NewRecord};

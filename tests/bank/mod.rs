@@ -12,4 +12,4 @@ mod repair;
 mod resume;
 mod round_trip;
 mod scale;
-mod support;
+pub mod support;
