@@ -59,18 +59,26 @@ impl Draft {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(BankError::Io { path, action: "read", source }),
         };
-        let json = |source| BankError::Json { path: path.clone(), source };
-        let probe: Probe = serde_json::from_slice(&bytes).map_err(json)?;
+        Self::parse(&path, &bytes).map(Some)
+    }
+
+    /// Parses and checks a draft; `path` is for messages.
+    ///
+    /// # Errors
+    /// As [`Draft::read`].
+    pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self, BankError> {
+        let json = |source| BankError::Json { path: path.to_owned(), source };
+        let probe: Probe = serde_json::from_slice(bytes).map_err(json)?;
         if probe.format != FORMAT {
-            return Err(BankError::corrupt(&path, 0, "format", FORMAT, probe.format));
+            return Err(BankError::corrupt(path, 0, "format", FORMAT, probe.format));
         }
         if probe.version > u64::from(FORMAT_VERSION) {
             let (what, found) = ("the draft", probe.version);
-            return Err(BankError::NewerVersion { path, what, found, supported: FORMAT_VERSION });
+            return Err(BankError::NewerVersion { path: path.to_owned(), what, found, supported: FORMAT_VERSION });
         }
-        let draft: Self = serde_json::from_slice(&bytes).map_err(json)?;
-        draft.codec.files.values().try_for_each(|file| check_name(&path, &file.file))?;
-        Ok(Some(draft))
+        let draft: Self = serde_json::from_slice(bytes).map_err(json)?;
+        draft.codec.files.values().try_for_each(|file| check_name(path, &file.file))?;
+        Ok(draft)
     }
 }
 

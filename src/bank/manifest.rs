@@ -19,6 +19,8 @@ use crate::memory::MemoryShape;
 
 /// Value of the field `format`.
 const FORMAT: &str = "memory3 bank";
+/// The largest count or length: below it sums do not overflow, and every JSON reader has the exact number.
+const MAX_NUMBER: u64 = 1 << 53;
 
 /// One published generation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -292,8 +294,37 @@ impl Manifest {
             }
             last = shard.number;
         }
+        let (layers, listed) = (self.shape.memory.layers, self.shape.memory_layers.len());
+        if layers != listed {
+            return Err(BankError::corrupt(path, 0, "memory_layers", format!("{layers} layers"), listed));
+        }
+        self.check_numbers(path)
+    }
+
+    /// Whoever adds these numbers up, or takes one from another, does not overflow.
+    fn check_numbers(&self, path: &Path) -> Result<(), BankError> {
+        let Counts { documents, chunks, records, duplicates, tokens } = self.counts;
+        let files = self.index_files().into_iter().map(|(_, file)| file.bytes);
+        let numbers = [
+            ("generation", Some(self.generation)),
+            ("counts", total([documents, chunks, records, duplicates, tokens])),
+            ("bytes", total(files.chain(self.shards.iter().map(|shard| shard.bytes)))),
+            ("records", total(self.shards.iter().map(|shard| shard.records))),
+            ("documents", total(self.shards.iter().map(|shard| shard.documents))),
+        ];
+        for (what, number) in numbers {
+            if number.is_none_or(|number| number > MAX_NUMBER) {
+                let found = number.map_or_else(|| "more than 64 bits".to_owned(), |number| number.to_string());
+                return Err(BankError::corrupt(path, 0, what, format!("at most {MAX_NUMBER}"), found));
+            }
+        }
         Ok(())
     }
+}
+
+/// The sum, if it fits.
+fn total(numbers: impl IntoIterator<Item = u64>) -> Option<u64> {
+    numbers.into_iter().try_fold(0u64, u64::checked_add)
 }
 
 /// A file name that cannot lead out of its folder.

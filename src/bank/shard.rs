@@ -16,7 +16,7 @@ use crate::bank::layout::{
 };
 use crate::bank::mmap::Map;
 use crate::bank::shard_header::ShardHeader;
-use crate::bank::shard_writer::footer_crc;
+use crate::bank::shard_writer::{footer_crc, tokens_are_valid};
 use crate::bank::texts::{TextBlock, TextEntry, decompress};
 use crate::bank::writer::NewRecord;
 use crate::memory::{ContentHash, RecordId};
@@ -70,6 +70,29 @@ impl RecordRef<'_> {
     /// [`BankError::Corrupt`].
     pub fn text(&self) -> Result<String, BankError> {
         self.shard.text(self.id.slot)
+    }
+
+    /// What is wrong with the count and the token indices, which no checksum makes right; nothing in a sound record.
+    pub fn selection_fault(&self) -> Option<&'static str> {
+        let slots = self.shard.header().shape.slots;
+        let (count, length) = (usize::from(self.count), self.token_ids.len());
+        if count != slots.min(length) {
+            Some("count is not the smaller of slots and tokens")
+        } else if !self.tokens.chunks_exact(slots).all(|head| tokens_are_valid(head, count, length)) {
+            Some("token indices do not ascend below the number of tokens")
+        } else {
+            None
+        }
+    }
+
+    /// Refuses a record with a [`RecordRef::selection_fault`]: its indices must not be used.
+    ///
+    /// # Errors
+    /// [`BankError::Corrupt`].
+    pub fn check_selection(&self) -> Result<(), BankError> {
+        let Some(fault) = self.selection_fault() else { return Ok(()) };
+        let offset = self.shard.record_offset(self.id.slot);
+        Err(self.shard.corrupt(offset, "token selection", "ascending indices of the chunk's tokens", fault))
     }
 
     /// The record as something to write once more; `text` is its text.

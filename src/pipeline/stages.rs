@@ -28,7 +28,7 @@ use crate::memory::{ContentHash, Memory, MemoryShape};
 use crate::model::{GpuModel, MemoryEncoder, ModelError};
 
 /// Batches that may wait between two stages. Two keep both sides busy; more only takes memory.
-const CHANNEL_BATCHES: usize = 2;
+pub(super) const CHANNEL_BATCHES: usize = 2;
 /// Documents that may gather in a batch that gets no new chunk.
 const MAX_BATCH_DOCUMENTS: usize = 4096;
 
