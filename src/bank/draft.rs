@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::bank::error::BankError;
 use crate::bank::io::{store, write_file};
 use crate::bank::layout::FORMAT_VERSION;
-use crate::bank::manifest::{CodecDescription, CodecEntry, FileEntry, check_name};
+use crate::bank::manifest::{CodecDescription, CodecEntry, FileEntry, check_head, check_name};
 use crate::bank::writer::BankWriter;
 use crate::fingerprint::Fingerprint;
 
@@ -34,12 +34,6 @@ pub struct Draft {
     pub codec: CodecEntry,
     /// The settings that the codec was trained by, as their owner writes them.
     pub trained_by: String,
-}
-
-#[derive(Deserialize)]
-struct Probe {
-    format: String,
-    version: u64,
 }
 
 impl Draft {
@@ -67,15 +61,8 @@ impl Draft {
     /// # Errors
     /// As [`Draft::read`].
     pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self, BankError> {
+        check_head(path, bytes, FORMAT, "the draft")?;
         let json = |source| BankError::Json { path: path.to_owned(), source };
-        let probe: Probe = serde_json::from_slice(bytes).map_err(json)?;
-        if probe.format != FORMAT {
-            return Err(BankError::corrupt(path, 0, "format", FORMAT, probe.format));
-        }
-        if probe.version > u64::from(FORMAT_VERSION) {
-            let (what, found) = ("the draft", probe.version);
-            return Err(BankError::NewerVersion { path: path.to_owned(), what, found, supported: FORMAT_VERSION });
-        }
         let draft: Self = serde_json::from_slice(bytes).map_err(json)?;
         draft.codec.files.values().try_for_each(|file| check_name(path, &file.file))?;
         Ok(draft)

@@ -176,10 +176,26 @@ impl ShardEntry {
     }
 }
 
-#[derive(Deserialize)]
-struct Probe {
-    format: String,
-    version: u64,
+/// Checks what all our JSON files begin with, before the rest is looked at; the version of the file. `what` is for messages.
+///
+/// # Errors
+/// [`BankError::Json`], [`BankError::Corrupt`] for another format, [`BankError::NewerVersion`].
+pub(crate) fn check_head(path: &Path, bytes: &[u8], format: &str, what: &'static str) -> Result<u64, BankError> {
+    #[derive(Deserialize)]
+    struct Head {
+        format: String,
+        version: u64,
+    }
+    let head: Head =
+        serde_json::from_slice(bytes).map_err(|source| BankError::Json { path: path.to_owned(), source })?;
+    if head.format != format {
+        return Err(BankError::corrupt(path, 0, "format", format, head.format));
+    }
+    if head.version > u64::from(FORMAT_VERSION) {
+        let (path, found) = (path.to_owned(), head.version);
+        return Err(BankError::NewerVersion { path, what, found, supported: FORMAT_VERSION });
+    }
+    Ok(head.version)
 }
 
 impl Manifest {
@@ -195,7 +211,12 @@ impl Manifest {
 
     /// Path of the copy that is kept of a generation's manifest.
     pub fn generation_path(dir: &Path, generation: u64) -> PathBuf {
-        dir.join("index").join("generations").join(format!("{generation:06}.json"))
+        dir.join("index").join("generations").join(Self::generation_name(generation))
+    }
+
+    /// Name of that copy.
+    pub(crate) fn generation_name(generation: u64) -> String {
+        format!("{generation:06}.json")
     }
 
     /// Reads the published manifest of the bank in `dir`.
@@ -217,22 +238,11 @@ impl Manifest {
     /// # Errors
     /// As [`Manifest::read`].
     pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self, BankError> {
-        let json = |source| BankError::Json { path: path.to_owned(), source };
-        let probe: Probe = serde_json::from_slice(bytes).map_err(json)?;
-        if probe.format != FORMAT {
-            return Err(BankError::corrupt(path, 0, "format", FORMAT, probe.format));
-        }
-        if probe.version > u64::from(FORMAT_VERSION) {
-            return Err(BankError::NewerVersion {
-                path: path.to_owned(),
-                what: "the manifest",
-                found: probe.version,
-                supported: FORMAT_VERSION,
-            });
-        }
-        if probe.version == 0 {
+        let version = check_head(path, bytes, FORMAT, "the manifest")?;
+        if version == 0 {
             return Err(BankError::corrupt(path, 0, "version", "at least 1", 0));
         }
+        let json = |source| BankError::Json { path: path.to_owned(), source };
         let manifest: Self = serde_json::from_slice(bytes).map_err(json)?;
         manifest.check(path)?;
         Ok(manifest)

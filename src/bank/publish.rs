@@ -171,7 +171,7 @@ impl Publication<'_> {
         let bytes = manifest.to_bytes(&path)?;
         // A manifest that this program could not read again must not replace one that it can.
         Manifest::parse(&path, &bytes)?;
-        let copy = format!("{:06}.json", manifest.generation);
+        let copy = Manifest::generation_name(manifest.generation);
         write_file(self.io, &index_dir.join("generations"), &copy, &bytes)?;
         write_file(self.io, &index_dir, "manifest.json", &bytes)?;
         self.clear_up(&manifest, keep);

@@ -3,7 +3,7 @@
 //! Comes in: a shard file. Goes out: records, texts, vectors, document rows, without copying where the bytes allow.
 //! What always holds: [`Shard::open`] has checked header, footer and that every section lies inside the file with the
 //! length that the counts demand, so slices cannot go out of bounds; a record's checksum is checked when it is read.
-//! Sections are not hashed at open: [`Shard::section_hash`] is for `verify`. Codes are not decoded here.
+//! Sections are not hashed at open: that is [`Shard::check_section`], for `verify` and those who copy. Codes are not decoded here.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -353,9 +353,17 @@ impl Shard {
         Ok(&uses[start..end])
     }
 
-    /// The bytes of a section and the hash that the section table has for them.
-    pub(crate) fn section_hash(&self, kind: SectionKind) -> (&[u8], blake3::Hash) {
-        (self.section(kind), blake3::Hash::from_bytes(self.sections[kind.index()].blake3))
+    /// Compares a section with the hash that the section table has for it.
+    ///
+    /// # Errors
+    /// [`BankError::Corrupt`].
+    pub(crate) fn check_section(&self, kind: SectionKind) -> Result<(), BankError> {
+        let expected = blake3::Hash::from_bytes(self.sections[kind.index()].blake3);
+        let found = blake3::Hasher::new().update_rayon(self.section(kind)).finalize();
+        if found == expected {
+            return Ok(());
+        }
+        Err(self.corrupt(self.section_range(kind).start, kind.name(), expected.to_hex(), found.to_hex()))
     }
 
     /// The zeros between sections: ranges and bytes.

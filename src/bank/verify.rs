@@ -237,10 +237,9 @@ impl Check<'_> {
 
     fn sections(&mut self, shard: &Shard) {
         for kind in SectionKind::ALL {
-            let (bytes, expected) = shard.section_hash(kind);
-            if blake3::Hasher::new().update_rayon(bytes).finalize() != expected {
-                let (path, offset) = (shard.path().to_owned(), shard.section_range(kind).start);
-                let length = bytes.len() as u64;
+            if shard.check_section(kind).is_err() {
+                let (path, range) = (shard.path().to_owned(), shard.section_range(kind));
+                let (offset, length) = (range.start, range.end - range.start);
                 self.find(Finding::SectionHash { path, section: kind.name(), offset, length });
             }
         }

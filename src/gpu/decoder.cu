@@ -7,32 +7,13 @@
 // No header is needed. Rows of all chunks stand one behind the other; chunk c has rows starts[c] .. starts[c + 1].
 // Sums are taken in a fixed order that depends on the chunk alone.
 
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned char u8;
-
-#if BF16
-typedef u16 T;
-#else
-typedef float T;
-#endif
-
 #define HALF (D / 2)
-#define MINUS_INFINITY __int_as_float(0xff800000)
 
-__device__ __forceinline__ float up(u16 x) { return __uint_as_float((u32)x << 16); }
-__device__ __forceinline__ float up(float x) { return x; }
 __device__ __forceinline__ u32 pack(float low, float high) {
     u32 both;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
 }
-__device__ __forceinline__ void put(u16* to, float x) {
-    u16 bits;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-    *to = bits;
-}
-__device__ __forceinline__ void put(float* to, float x) { *to = x; }
 __device__ __forceinline__ float low(u32 both) { return __uint_as_float(both << 16); }
 __device__ __forceinline__ float high(u32 both) { return __uint_as_float(both & 0xffff0000u); }
 __device__ __forceinline__ bool finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }

@@ -3,13 +3,11 @@
 //! A batch is the rows of its chunks one behind the other, without padding. Shapes are those written in `decoder.cu`;
 //! `T` is bf16 or f32.
 
-use std::sync::Arc;
+use cudarc::driver::CudaFunction;
 
-use cudarc::driver::{CudaFunction, CudaModule};
+use super::device::{Gpu, GpuError, GpuMemory, Launch, starts};
 
-use super::device::{Gpu, GpuError, GpuMemory, Launch};
-
-const SOURCE: &str = include_str!("decoder.cu");
+const SOURCE: &str = concat!(include_str!("common.cu"), include_str!("decoder.cu"));
 /// Tokens of a chunk at most, in the kernels.
 const CHUNK_TOKENS: usize = 128;
 const THREADS: u32 = 256;
@@ -72,7 +70,6 @@ pub struct DecoderKernels {
     attend: CudaFunction,
     choose: CudaFunction,
     gather: CudaFunction,
-    _module: Arc<CudaModule>,
 }
 
 /// Cosines and sines, `[position][head_dim / 2]` in f32, from the position of a chunk's first token on.
@@ -125,11 +122,7 @@ impl Batch {
         assert!(chunks.iter().all(|chunk| (1..=CHUNK_TOKENS).contains(&chunk.len())), "chunks of 1 to 128 tokens");
         // What is there is not what was, should copying fail.
         (self.chunks, self.rows) = (0, 0);
-        let mut starts = vec![0_u32];
-        for chunk in chunks {
-            let tokens = u32::try_from(chunk.len()).unwrap_or(u32::MAX);
-            starts.push(starts[starts.len() - 1] + tokens);
-        }
+        let starts = starts(chunks.iter().map(|chunk| chunk.len()));
         let tokens: Vec<u32> = chunks.concat();
         gpu.write(&mut self.starts, &starts)?;
         gpu.write(&mut self.tokens, &tokens)?;
@@ -214,7 +207,6 @@ impl DecoderKernels {
             attend: gpu.kernel(&module, "attend", attend_bytes)?,
             choose: gpu.kernel(&module, "choose", choose_bytes)?,
             gather: kernel("gather")?,
-            _module: Arc::clone(&module),
         })
     }
 

@@ -107,6 +107,16 @@ impl From<usize> for Arg {
     }
 }
 
+/// Where each of the items of these lengths begins if they stand one behind the other, and where the last ends.
+pub(super) fn starts(lengths: impl Iterator<Item = usize>) -> Vec<u32> {
+    let mut end = 0;
+    let ends = lengths.map(|length| {
+        end += length;
+        u32::try_from(end).unwrap_or(u32::MAX)
+    });
+    std::iter::once(0).chain(ends).collect()
+}
+
 /// How many blocks of how many threads run a kernel, and how much shared memory each block gets beside its own.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Launch {

@@ -3,13 +3,11 @@
 //! A batch is the rows of its texts one behind the other, without padding. Shapes are those written in `encoder.cu`; `T`
 //! is bf16 or f32.
 
-use std::sync::Arc;
+use cudarc::driver::CudaFunction;
 
-use cudarc::driver::{CudaFunction, CudaModule};
+use super::device::{Gpu, GpuError, GpuMemory, Launch, starts};
 
-use super::device::{Gpu, GpuError, GpuMemory, Launch};
-
-const SOURCE: &str = include_str!("encoder.cu");
+const SOURCE: &str = concat!(include_str!("common.cu"), include_str!("encoder.cu"));
 /// Queries of one block of the attention.
 const QUERIES: usize = 32;
 
@@ -99,10 +97,7 @@ impl TextBatch {
             ids.len()
         );
         assert!(texts.iter().all(|(ids, positions)| ids.len() == positions.len()), "as many ids as positions");
-        let mut starts = vec![0_u32];
-        for (ids, _) in texts {
-            starts.push(starts[starts.len() - 1] + u32::try_from(ids.len()).unwrap_or(u32::MAX));
-        }
+        let starts = starts(texts.iter().map(|(ids, _)| ids.len()));
         gpu.write(&mut self.starts, &starts)?;
         gpu.write(&mut self.ids, &ids)?;
         gpu.write(&mut self.positions, &positions)?;
@@ -127,7 +122,6 @@ pub struct EncoderKernels {
     add_bias: CudaFunction,
     attend: CudaFunction,
     pool: CudaFunction,
-    _module: Arc<CudaModule>,
 }
 
 impl EncoderKernels {
@@ -150,7 +144,6 @@ impl EncoderKernels {
             add_bias: kernel("add_bias")?,
             attend: kernel("attend")?,
             pool: kernel("pool")?,
-            _module: Arc::clone(&module),
         })
     }
 

@@ -3,9 +3,7 @@
 //! The codes are those of the CPU's kernels, bit for bit, because every decision is made by the same sums in the same
 //! order; products of fp16 only say which columns need to be looked at.
 
-use std::sync::Arc;
-
-use cudarc::driver::{CudaFunction, CudaModule};
+use cudarc::driver::CudaFunction;
 use half::f16;
 
 use super::decoder::Batch;
@@ -69,7 +67,6 @@ pub struct QuantizerKernels {
     nearest_exact: CudaFunction,
     subtract: CudaFunction,
     pack_codes: CudaFunction,
-    _module: Arc<CudaModule>,
 }
 
 impl QuantizerKernels {
@@ -86,7 +83,6 @@ impl QuantizerKernels {
             nearest_exact: kernel("nearest_exact")?,
             subtract: kernel("subtract")?,
             pack_codes: kernel("pack_codes")?,
-            _module: Arc::clone(&module),
         })
     }
 }

@@ -127,14 +127,7 @@ impl GpuModel {
         let fingerprint = setup.fingerprint(reader.hash(), dtype);
         drop(reader);
         let room = Mutex::new(Room::new(&gpu, &setup, shape)?);
-        let prefix = PrefixKv {
-            tokens: setup.prefix.clone(),
-            layers: setup.layers.clone(),
-            kv_heads: config.num_key_value_heads,
-            head_dim: config.head_dim,
-            k: Vec::new(),
-            v: Vec::new(),
-        };
+        let prefix = setup.prefix_kv(Vec::new(), Vec::new());
         let rope = rope_at(&gpu, &setup, setup.prefix.len())?;
         let cache = Vec::new();
         let mut model =
