@@ -9,4 +9,5 @@ mod corpus;
 mod embed;
 mod gpu;
 mod model;
+mod read;
 mod select;

@@ -6,5 +6,5 @@ mod hostile;
 mod identity;
 mod incremental;
 mod operate;
-mod program;
+pub mod program;
 mod verbs;

@@ -1,0 +1,4 @@
+//! Reading through its public interface: memories of a bank, logits.
+
+mod memories;
+mod model;
