@@ -92,7 +92,7 @@ pub fn run(global: &Global, args: &SearchArgs) -> anyhow::Result<Outcome> {
 }
 
 /// Opens the text encoder and refuses one that did not make the bank's vectors.
-fn open_embedder(bank: &Bank, dir: &Path) -> anyhow::Result<Box<dyn TextEmbedder>> {
+pub(super) fn open_embedder(bank: &Bank, dir: &Path) -> anyhow::Result<Box<dyn TextEmbedder>> {
     // Questions meet vectors that were made in the same number format.
     let dtype = bank.manifest().embedder.get("dtype").map_or(Ok(DType::F32), str::parse)?;
     let embedder = embed::open(dir, Device::Cpu, dtype)?;

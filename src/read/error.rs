@@ -76,4 +76,30 @@ pub enum ReadError {
         /// What is allowed.
         tolerance: f32,
     },
+    /// The tokenizer fails.
+    #[cfg(feature = "compile")]
+    #[error(transparent)]
+    Text(#[from] crate::corpus::CorpusError),
+    /// The text encoder fails.
+    #[cfg(feature = "compile")]
+    #[error(transparent)]
+    Embed(#[from] crate::embed::EmbedError),
+    /// A file of the model directory cannot be read.
+    #[error("{}: {source}; give a Hugging Face model directory", path.display())]
+    File {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What the operating system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A JSON file of the model directory is damaged.
+    #[error("{}: {source}; the file is damaged, fetch it again", path.display())]
+    Json {
+        /// The file.
+        path: std::path::PathBuf,
+        /// Where the parser stopped.
+        #[source]
+        source: serde_json::Error,
+    },
 }
