@@ -24,6 +24,8 @@ mod codec;
 mod embed;
 #[path = "suite/forward.rs"]
 mod forward;
+#[path = "suite/gpu.rs"]
+mod gpu;
 #[path = "suite/measure.rs"]
 mod measure;
 #[path = "suite/numbers.rs"]
@@ -54,13 +56,14 @@ struct Bench {
     run: fn(Effort) -> Table,
 }
 
-const BENCHES: [Bench; 6] = [
+const BENCHES: [Bench; 7] = [
     Bench { name: "product", one_thread: true, run: product::run },
     Bench { name: "select", one_thread: true, run: select::run },
     Bench { name: "codec", one_thread: true, run: codec::run },
     Bench { name: "training", one_thread: false, run: training::run },
     Bench { name: "forward", one_thread: true, run: forward::run },
     Bench { name: "embed", one_thread: true, run: embed::run },
+    Bench { name: "gpu", one_thread: false, run: gpu::run },
 ];
 
 #[derive(Default)]

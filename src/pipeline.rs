@@ -10,6 +10,7 @@ use std::time::Instant;
 
 mod codec_training;
 mod error;
+mod estimate;
 mod plan;
 mod progress;
 mod reencode;
@@ -19,6 +20,7 @@ mod stages;
 mod survey;
 
 pub use error::{Origin, PipelineError};
+pub use estimate::{BankSizes, CodecOutlook, DiskNeeds, Estimate, MemoryNeeds, StageTime, TimeOutlook, estimate};
 pub use plan::{Mode, Plan};
 pub use progress::{Phase, Progress, StageMeter, StopFlag};
 pub use reencode::{Differing, Reencoding, reencode};
@@ -76,10 +78,7 @@ pub fn compile(
     progress.enter(Phase::Open);
     let lock = BankLock::acquire(&config.bank.path)?;
     let opened = open(config)?;
-    let retrieval = match config.retrieval.index.as_str() {
-        "auto" => RetrievalSpec::Auto,
-        factory => RetrievalSpec::Factory(factory.to_owned()),
-    };
+    let retrieval = RetrievalSpec::of_setting(&config.retrieval.index);
     retrieval.check(opened.embedder.dim())?;
     let lock = if task.re_embed { re_embed(config, &opened, lock, progress)? } else { lock };
     let bank_codec = settled_codec(config, &opened)?;
@@ -198,7 +197,7 @@ pub fn compile(
         codec_files: codec.set.files(),
         prefix: opened.encoder.prefix().to_safetensors_bytes()?,
         retrieval,
-        tombstones: std::mem::take(&mut run.plan.dead),
+        tombstones: writer.still_unclaimed(std::mem::take(&mut run.plan.dead))?,
         quality: std::collections::BTreeMap::new(),
         keep_generations: config.bank.keep_generations,
     };

@@ -7,6 +7,7 @@ mod codec;
 mod compile;
 mod corpus;
 mod embed;
+mod fuzz;
 mod gpu;
 mod model;
 mod read;

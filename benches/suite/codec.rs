@@ -14,7 +14,7 @@ use super::report::Table;
 
 #[path = "../../tests/codec/random.rs"]
 #[allow(dead_code)] // the tests use more of it
-mod random;
+pub mod random;
 
 /// Vectors of one call.
 const CALL: usize = 1000;

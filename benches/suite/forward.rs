@@ -4,7 +4,7 @@
 //! in f32; it is also what the first CPU version ran, and so stands in the table. PyTorch's figure for the same model
 //! comes from `tools/peer_compile.py --json`. FLOP are those of the cost model (P A.2) less what does not run: output
 //! projection and attention of the last layer, selection where there is no memory. Attention counts what causal queries
-//! see, though all logits are computed.
+//! see; tiles of 32 keys are computed as a whole.
 
 use std::path::Path;
 
@@ -115,7 +115,7 @@ fn case(table: &mut Table, effort: Effort, name: &str, dir: &Path, spec: &Memory
 }
 
 /// FLOP of one chunk in a model whose layers all run, `memories` of them memory layers, the last one among them.
-fn flop(shape: &ModelShape, memories: usize) -> f64 {
+pub fn flop(shape: &ModelShape, memories: usize) -> f64 {
     let lengths = Lengths { chunk: CHUNK_TOKENS, ..Lengths::default() };
     let (chunk, width) = (CHUNK_TOKENS as f64, (shape.heads * shape.head_dim) as f64);
     let output_projection = 2.0 * chunk * width * shape.hidden as f64;
@@ -160,7 +160,7 @@ fn compare(found: &Memory, expected: &Memory, shape: &MemoryShape) -> Compared {
 }
 
 /// Writes a Llama directory without tokenizer: random weights of the standard deviation that `init_model` takes.
-fn write_model(dir: &Path, shape: &model::PresetShape) {
+pub fn write_model(dir: &Path, shape: &model::PresetShape) {
     let (hidden, inner) = (shape.hidden_size, shape.intermediate_size);
     let (queries, keys) = (shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim);
     let mut tensors = vec![("model.embed_tokens".to_owned(), vec![shape.vocab_size, hidden])];

@@ -91,7 +91,7 @@ impl fmt::Display for Table {
 /// The file cannot be written.
 pub fn write_json(path: &Path, tables: &[Table], effort: Effort) -> std::io::Result<()> {
     let crates: Map<String, Value> =
-        ["burn", "faiss", "faiss-sys", "pulp", "rayon"].into_iter().filter_map(version_of).collect();
+        ["burn", "faiss", "faiss-sys", "rayon"].into_iter().filter_map(version_of).collect();
     let report = json!({
         "machine": {
             "processor": processor(),

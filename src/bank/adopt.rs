@@ -113,11 +113,7 @@ pub(crate) fn survey(lock: &BankLock, spec: &BankSpec, io: &dyn Io) -> Result<Su
         found.next_shard = manifest.next_shard;
         found.published = Some(manifest);
     }
-    for folder in [&shards_dir, &index_dir, &generations_dir] {
-        for name in names(folder)?.iter().filter(|name| name.ends_with(".tmp")) {
-            remove(io, folder.join(name), Refusal::Unfinished, &mut found.startup)?;
-        }
-    }
+    sweep_unfinished(io, dir, &mut found.startup)?;
     adopt(&shards_dir, spec, io, &mut found)?;
     Ok(found)
 }
@@ -141,10 +137,15 @@ pub(crate) fn read_tombstones(dir: &Path, manifest: &Manifest) -> Result<Tombsto
 /// left stays.
 pub(crate) fn sweep(io: &dyn Io, dir: &Path, manifest: &Manifest) -> Result<(), BankError> {
     sweep_copies(io, dir, manifest)?;
-    let folders = [dir.join("index"), dir.join("index/generations"), dir.join("shards")];
+    sweep_unfinished(io, dir, &mut Startup::default())
+}
+
+/// Removes files that were being written.
+fn sweep_unfinished(io: &dyn Io, dir: &Path, startup: &mut Startup) -> Result<(), BankError> {
+    let folders = [dir.join("shards"), dir.join("index"), dir.join("index/generations")];
     for folder in folders.into_iter().filter(|folder| folder.exists()) {
         for name in names(&folder)?.iter().filter(|name| name.ends_with(".tmp")) {
-            remove(io, folder.join(name), Refusal::Unfinished, &mut Startup::default())?;
+            remove(io, folder.join(name), Refusal::Unfinished, startup)?;
         }
     }
     Ok(())
@@ -243,8 +244,7 @@ fn check(path: &Path, number: u32) -> Result<Result<Shard, Refusal>, BankError> 
         return damaged(format!("its header says shard {}", shard.number()));
     }
     for kind in SectionKind::ALL {
-        let (bytes, expected) = shard.section_hash(kind);
-        if blake3::Hasher::new().update_rayon(bytes).finalize() != expected {
+        if shard.check_section(kind).is_err() {
             return damaged(format!("the BLAKE3 of section {} is wrong", kind.name()));
         }
     }

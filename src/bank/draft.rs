@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::bank::error::BankError;
 use crate::bank::io::{store, write_file};
 use crate::bank::layout::FORMAT_VERSION;
-use crate::bank::manifest::{CodecDescription, CodecEntry, FileEntry, check_name};
+use crate::bank::manifest::{CodecDescription, CodecEntry, FileEntry, check_head, check_name};
 use crate::bank::writer::BankWriter;
 use crate::fingerprint::Fingerprint;
 
@@ -36,12 +36,6 @@ pub struct Draft {
     pub trained_by: String,
 }
 
-#[derive(Deserialize)]
-struct Probe {
-    format: String,
-    version: u64,
-}
-
 impl Draft {
     /// Path of the draft of a bank.
     pub fn path(dir: &Path) -> PathBuf {
@@ -59,18 +53,19 @@ impl Draft {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(BankError::Io { path, action: "read", source }),
         };
-        let json = |source| BankError::Json { path: path.clone(), source };
-        let probe: Probe = serde_json::from_slice(&bytes).map_err(json)?;
-        if probe.format != FORMAT {
-            return Err(BankError::corrupt(&path, 0, "format", FORMAT, probe.format));
-        }
-        if probe.version > u64::from(FORMAT_VERSION) {
-            let (what, found) = ("the draft", probe.version);
-            return Err(BankError::NewerVersion { path, what, found, supported: FORMAT_VERSION });
-        }
-        let draft: Self = serde_json::from_slice(&bytes).map_err(json)?;
-        draft.codec.files.values().try_for_each(|file| check_name(&path, &file.file))?;
-        Ok(Some(draft))
+        Self::parse(&path, &bytes).map(Some)
+    }
+
+    /// Parses and checks a draft; `path` is for messages.
+    ///
+    /// # Errors
+    /// As [`Draft::read`].
+    pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self, BankError> {
+        check_head(path, bytes, FORMAT, "the draft")?;
+        let json = |source| BankError::Json { path: path.to_owned(), source };
+        let draft: Self = serde_json::from_slice(bytes).map_err(json)?;
+        draft.codec.files.values().try_for_each(|file| check_name(path, &file.file))?;
+        Ok(draft)
     }
 }
 

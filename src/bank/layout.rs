@@ -35,6 +35,8 @@ pub const BLOCK_BYTES: usize = 1 << 20;
 pub const MAX_TEXT_BYTES: usize = 16 << 20;
 /// The longest id of a document, in bytes.
 pub const MAX_ID_BYTES: usize = 4096;
+/// The widest key or value vector.
+pub const MAX_HEAD_DIM: usize = 1 << 14;
 /// The most token ids of one chunk: a token index is one byte.
 pub const MAX_CHUNK_TOKENS: usize = 256;
 
@@ -299,8 +301,13 @@ pub struct RecordLayout {
 }
 
 impl RecordLayout {
-    /// The layout for a memory shape and a code size. `None` if a record would not fit into 1 GiB.
+    /// The layout for a memory shape and a code size. `None` if a record would not fit into 1 GiB, or would hold
+    /// nothing: whoever divides by a number of the shape, or multiplies them all, need not check.
     pub fn new(shape: &MemoryShape, code_bytes: usize) -> Option<Self> {
+        let MemoryShape { layers, kv_heads, slots, head_dim } = *shape;
+        if [layers, kv_heads, slots, head_dim, code_bytes].contains(&0) || head_dim > MAX_HEAD_DIM {
+            return None;
+        }
         let tokens = shape.layers.checked_mul(shape.kv_heads)?.checked_mul(shape.slots)?;
         let codes = tokens.checked_mul(2)?.checked_mul(code_bytes)?;
         let codes_at = record::SIZE.checked_add(tokens)?.checked_next_multiple_of(CODES_ALIGN)?;
@@ -371,5 +378,23 @@ mod tests {
         assert_eq!(RecordLayout::new(&shape, 14), None);
         let shape = MemoryShape { layers: 1 << 20, kv_heads: 1 << 10, slots: 8, head_dim: 80 };
         assert_eq!(RecordLayout::new(&shape, 14), None);
+        let shape = MemoryShape { layers: 22, kv_heads: 8, slots: 8, head_dim: MAX_HEAD_DIM + 1 };
+        assert_eq!(RecordLayout::new(&shape, 14), None);
+    }
+
+    #[test]
+    fn a_shape_with_a_zero_has_no_layout_however_large_the_rest() {
+        let shape = MemoryShape { layers: 22, kv_heads: 8, slots: 8, head_dim: 80 };
+        assert!(RecordLayout::new(&shape, 14).is_some());
+        for zero in [
+            MemoryShape { layers: 0, ..shape },
+            MemoryShape { kv_heads: 0, ..shape },
+            // The product of all but this one does not fit into a number.
+            MemoryShape { layers: 1 << 62, kv_heads: 2, slots: 0, ..shape },
+            MemoryShape { head_dim: 0, ..shape },
+        ] {
+            assert_eq!(RecordLayout::new(&zero, 14), None, "{zero:?}");
+        }
+        assert_eq!(RecordLayout::new(&shape, 0), None);
     }
 }

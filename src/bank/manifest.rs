@@ -19,6 +19,8 @@ use crate::memory::MemoryShape;
 
 /// Value of the field `format`.
 const FORMAT: &str = "memory3 bank";
+/// The largest count or length: below it sums do not overflow, and every JSON reader has the exact number.
+const MAX_NUMBER: u64 = 1 << 53;
 
 /// One published generation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -174,10 +176,26 @@ impl ShardEntry {
     }
 }
 
-#[derive(Deserialize)]
-struct Probe {
-    format: String,
-    version: u64,
+/// Checks what all our JSON files begin with, before the rest is looked at; the version of the file. `what` is for messages.
+///
+/// # Errors
+/// [`BankError::Json`], [`BankError::Corrupt`] for another format, [`BankError::NewerVersion`].
+pub(crate) fn check_head(path: &Path, bytes: &[u8], format: &str, what: &'static str) -> Result<u64, BankError> {
+    #[derive(Deserialize)]
+    struct Head {
+        format: String,
+        version: u64,
+    }
+    let head: Head =
+        serde_json::from_slice(bytes).map_err(|source| BankError::Json { path: path.to_owned(), source })?;
+    if head.format != format {
+        return Err(BankError::corrupt(path, 0, "format", format, head.format));
+    }
+    if head.version > u64::from(FORMAT_VERSION) {
+        let (path, found) = (path.to_owned(), head.version);
+        return Err(BankError::NewerVersion { path, what, found, supported: FORMAT_VERSION });
+    }
+    Ok(head.version)
 }
 
 impl Manifest {
@@ -193,7 +211,12 @@ impl Manifest {
 
     /// Path of the copy that is kept of a generation's manifest.
     pub fn generation_path(dir: &Path, generation: u64) -> PathBuf {
-        dir.join("index").join("generations").join(format!("{generation:06}.json"))
+        dir.join("index").join("generations").join(Self::generation_name(generation))
+    }
+
+    /// Name of that copy.
+    pub(crate) fn generation_name(generation: u64) -> String {
+        format!("{generation:06}.json")
     }
 
     /// Reads the published manifest of the bank in `dir`.
@@ -215,22 +238,11 @@ impl Manifest {
     /// # Errors
     /// As [`Manifest::read`].
     pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self, BankError> {
-        let json = |source| BankError::Json { path: path.to_owned(), source };
-        let probe: Probe = serde_json::from_slice(bytes).map_err(json)?;
-        if probe.format != FORMAT {
-            return Err(BankError::corrupt(path, 0, "format", FORMAT, probe.format));
-        }
-        if probe.version > u64::from(FORMAT_VERSION) {
-            return Err(BankError::NewerVersion {
-                path: path.to_owned(),
-                what: "the manifest",
-                found: probe.version,
-                supported: FORMAT_VERSION,
-            });
-        }
-        if probe.version == 0 {
+        let version = check_head(path, bytes, FORMAT, "the manifest")?;
+        if version == 0 {
             return Err(BankError::corrupt(path, 0, "version", "at least 1", 0));
         }
+        let json = |source| BankError::Json { path: path.to_owned(), source };
         let manifest: Self = serde_json::from_slice(bytes).map_err(json)?;
         manifest.check(path)?;
         Ok(manifest)
@@ -292,8 +304,37 @@ impl Manifest {
             }
             last = shard.number;
         }
+        let (layers, listed) = (self.shape.memory.layers, self.shape.memory_layers.len());
+        if layers != listed {
+            return Err(BankError::corrupt(path, 0, "memory_layers", format!("{layers} layers"), listed));
+        }
+        self.check_numbers(path)
+    }
+
+    /// Whoever adds these numbers up, or takes one from another, does not overflow.
+    fn check_numbers(&self, path: &Path) -> Result<(), BankError> {
+        let Counts { documents, chunks, records, duplicates, tokens } = self.counts;
+        let files = self.index_files().into_iter().map(|(_, file)| file.bytes);
+        let numbers = [
+            ("generation", Some(self.generation)),
+            ("counts", total([documents, chunks, records, duplicates, tokens])),
+            ("bytes", total(files.chain(self.shards.iter().map(|shard| shard.bytes)))),
+            ("records", total(self.shards.iter().map(|shard| shard.records))),
+            ("documents", total(self.shards.iter().map(|shard| shard.documents))),
+        ];
+        for (what, number) in numbers {
+            if number.is_none_or(|number| number > MAX_NUMBER) {
+                let found = number.map_or_else(|| "more than 64 bits".to_owned(), |number| number.to_string());
+                return Err(BankError::corrupt(path, 0, what, format!("at most {MAX_NUMBER}"), found));
+            }
+        }
         Ok(())
     }
+}
+
+/// The sum, if it fits.
+fn total(numbers: impl IntoIterator<Item = u64>) -> Option<u64> {
+    numbers.into_iter().try_fold(0u64, u64::checked_add)
 }
 
 /// A file name that cannot lead out of its folder.

@@ -77,7 +77,7 @@ impl BankWriter {
             return Err(BankError::bad_input("code bytes", self.spec().code_bytes, input.codec.code_bytes));
         }
         self.close_shard()?;
-        let mut dead = self.superseded()?;
+        let mut dead: Vec<RowId> = self.superseded()?.into_iter().map(|(old, _)| old).collect();
         dead.extend(self.tombstones.rows().iter().chain(&input.tombstones));
         let files = self.store_codec(&input.codec_files)?;
         let publication = Publication { io: &*self.io, dir: self.lock.dir(), published: self.published.as_ref() };
@@ -171,7 +171,7 @@ impl Publication<'_> {
         let bytes = manifest.to_bytes(&path)?;
         // A manifest that this program could not read again must not replace one that it can.
         Manifest::parse(&path, &bytes)?;
-        let copy = format!("{:06}.json", manifest.generation);
+        let copy = Manifest::generation_name(manifest.generation);
         write_file(self.io, &index_dir.join("generations"), &copy, &bytes)?;
         write_file(self.io, &index_dir, "manifest.json", &bytes)?;
         self.clear_up(&manifest, keep);

@@ -147,7 +147,7 @@ fn restore_manifest(io: &dyn Io, dir: &Path, repair: &mut Repair) -> Result<Mani
                 repair.done.push("index/manifest.json: damaged, kept as manifest.json.aside".to_owned());
             }
             let bytes = manifest.to_bytes(&path)?;
-            let copy = format!("{:06}.json", manifest.generation);
+            let copy = Manifest::generation_name(manifest.generation);
             write_file(io, &index_dir.join("generations"), &copy, &bytes)?;
             write_file(io, &index_dir, "manifest.json", &bytes)?;
             repair.done.push(format!("index/manifest.json: restored from the kept manifest of generation {from}"));
@@ -158,7 +158,7 @@ fn restore_manifest(io: &dyn Io, dir: &Path, repair: &mut Repair) -> Result<Mani
     let bytes = manifest.to_bytes(&path)?;
     let copy = Manifest::generation_path(dir, manifest.generation);
     if !fs::read(&copy).is_ok_and(|kept| Manifest::parse(&copy, &kept).is_ok_and(|kept| kept == manifest)) {
-        let (folder, name) = (index_dir.join("generations"), format!("{:06}.json", manifest.generation));
+        let (folder, name) = (index_dir.join("generations"), Manifest::generation_name(manifest.generation));
         io.create_dir(&folder).map_err(BankError::io(&folder, "create"))?;
         write_file(io, &folder, &name, &bytes)?;
         repair.done.push(format!("index/generations/{name}: written again from index/manifest.json"));
@@ -278,10 +278,7 @@ fn inspect(
 
 /// Which records of a damaged shard cannot be kept, and whether its rows can.
 fn damage_of(shard: &Shard, index: Option<&RetrievalIndex>) -> Damage {
-    let sound = |kind: SectionKind| {
-        let (bytes, expected) = shard.section_hash(kind);
-        blake3::Hasher::new().update_rayon(bytes).finalize() == expected
-    };
+    let sound = |kind: SectionKind| shard.check_section(kind).is_ok();
     // Where a text lies has no checksum of its own.
     let texts = sound(SectionKind::TextIndex) && sound(SectionKind::TextBlocks);
     let vectors = sound(SectionKind::Vectors);

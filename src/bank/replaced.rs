@@ -21,17 +21,18 @@ pub struct Vanished {
     pub row: RowId,
     /// Its id.
     pub id: String,
-    /// Whether the row is part of the published generation; others were left by an interrupted run.
+    /// Whether the published generation has the document, by this row or one that this row replaces; others were left by an
+    /// interrupted run.
     pub published: bool,
 }
 
-/// The rows without tombstone that a later row with the same id replaces. Only a shard from `first_new` on can replace
+/// The rows without tombstone that a later row with the same id replaces, each with the last such row. Only a shard from `first_new` on can replace
 /// rows: an older generation has one live row for each id.
 pub(crate) fn superseded(
     shards: &BTreeMap<u32, Shard>,
     tombstones: &Tombstones,
     first_new: u32,
-) -> Result<Vec<RowId>, BankError> {
+) -> Result<Vec<(RowId, RowId)>, BankError> {
     // Hashes keep this table small; it holds the rows of this run only.
     let mut last: HashMap<ContentHash, RowId> = HashMap::new();
     for_each_live_row(shards.range(first_new..), tombstones, |row, id| {
@@ -43,8 +44,8 @@ pub(crate) fn superseded(
         return Ok(replaced);
     }
     for_each_live_row(shards.iter(), tombstones, |row, id| {
-        if last.get(&ContentHash::of_text(id)).is_some_and(|&newest| newest != row) {
-            replaced.push(row);
+        if let Some(&newest) = last.get(&ContentHash::of_text(id)).filter(|&&newest| newest != row) {
+            replaced.push((row, newest));
         }
         Ok(())
     })?;
@@ -69,8 +70,8 @@ pub(crate) fn for_each_live_row<'a>(
 }
 
 impl BankWriter {
-    /// The rows that later ones replace.
-    pub(crate) fn superseded(&self) -> Result<Vec<RowId>, BankError> {
+    /// The rows that later ones replace, each with the last such row.
+    pub(crate) fn superseded(&self) -> Result<Vec<(RowId, RowId)>, BankError> {
         // A first compile need not remember all its rows.
         if !self.replaces {
             return Ok(Vec::new());
@@ -79,12 +80,37 @@ impl BankWriter {
         superseded(&self.sequence.shards, &self.tombstones, first_new)
     }
 
-    /// Did an interrupted run leave rows that replace published ones?
+    /// Did an interrupted run leave rows that replace others, in finished shards or in one that was cut short?
     ///
     /// # Errors
-    /// [`BankError::Corrupt`].
+    /// [`BankError::Catalog`], [`BankError::Corrupt`].
     pub fn adopted_replaces(&self) -> Result<bool, BankError> {
+        for id in self.open_documents.keys() {
+            if self.closed_row(id)?.is_some() {
+                return Ok(true);
+            }
+        }
         Ok(!self.superseded()?.is_empty())
+    }
+
+    /// Those of `rows` whose ids this pass has not claimed: the corpus may have changed since they were found missing.
+    ///
+    /// # Errors
+    /// [`BankError::Catalog`], [`BankError::Corrupt`].
+    pub fn still_unclaimed(&self, rows: Vec<RowId>) -> Result<Vec<RowId>, BankError> {
+        let open: HashMap<RowId, &str> = self.open_documents.iter().map(|(id, &(row, _))| (row, id.as_str())).collect();
+        let mut kept = Vec::with_capacity(rows.len());
+        for row in rows {
+            let claimed = match (open.get(&row), self.sequence.shards.get(&row.shard)) {
+                (Some(id), _) => self.catalog.is_noted(id)?,
+                (None, Some(shard)) => self.catalog.is_noted(shard.document(row.row)?.id)?,
+                (None, None) => false,
+            };
+            if !claimed {
+                kept.push(row);
+            }
+        }
+        Ok(kept)
     }
 
     /// The live documents whose ids this pass has not claimed.
@@ -93,11 +119,16 @@ impl BankWriter {
     /// [`BankError::Catalog`], [`BankError::Corrupt`].
     pub fn unclaimed(&self) -> Result<Vec<Vanished>, BankError> {
         let next = self.published.as_ref().map_or(1, |published| published.next_shard);
-        let replaced: HashSet<RowId> = self.superseded()?.into_iter().collect();
+        let superseded = self.superseded()?;
+        let replaced: HashSet<RowId> = superseded.iter().map(|&(old, _)| old).collect();
+        let heirs: HashSet<RowId> =
+            superseded.iter().filter(|(old, _)| old.shard < next).map(|&(_, newest)| newest).collect();
         let mut vanished = Vec::new();
         for_each_live_row(self.sequence.shards.iter(), &self.tombstones, |row, id| {
-            if !replaced.contains(&row) && !self.catalog.is_noted(id)? {
-                vanished.push(Vanished { row, id: id.to_owned(), published: row.shard < next });
+            // Of a row that an open one replaces, the open one is told below.
+            let replaced = replaced.contains(&row) || self.open_documents.contains_key(id);
+            if !replaced && !self.catalog.is_noted(id)? {
+                vanished.push(Vanished { row, id: id.to_owned(), published: row.shard < next || heirs.contains(&row) });
             }
             Ok(())
         })?;
@@ -106,7 +137,8 @@ impl BankWriter {
         open.sort_unstable();
         for (row, id) in open {
             if !self.catalog.is_noted(id)? {
-                vanished.push(Vanished { row, id: id.clone(), published: false });
+                let published = self.closed_row(id)?.is_some_and(|(old, _)| old.shard < next);
+                vanished.push(Vanished { row, id: id.clone(), published });
             }
         }
         Ok(vanished)

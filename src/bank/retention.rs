@@ -27,7 +27,7 @@ pub fn kept_generations(dir: &Path) -> Result<Vec<u64>, BankError> {
     }
     let number = |name: &String| {
         let number: u64 = name.strip_suffix(".json")?.parse().ok()?;
-        (*name == format!("{number:06}.json")).then_some(number)
+        (*name == Manifest::generation_name(number)).then_some(number)
     };
     let mut numbers: Vec<u64> = names(&folder)?.iter().filter_map(number).collect();
     numbers.sort_unstable();

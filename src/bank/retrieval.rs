@@ -47,6 +47,11 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
+    /// Training vectors, at most.
+    pub(crate) fn training_vectors(&self) -> usize {
+        self.training
+    }
+
     /// Chooses the index for `count` vectors of width `dim`.
     ///
     /// `auto`: flat (exact, 4 bytes a number) up to 262 144 vectors: 400 MB and some 50 ms a query at width 384.
@@ -82,13 +87,18 @@ fn lists(count: u64) -> u64 {
 }
 
 /// The number after `IVF` in a factory string.
-fn list_count(factory: &str) -> Option<usize> {
+pub(crate) fn list_count(factory: &str) -> Option<usize> {
     let rest = &factory[factory.find("IVF")? + 3..];
     let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
     rest[..digits].parse().ok()
 }
 
 impl RetrievalSpec {
+    /// `auto`, or a factory string.
+    pub fn of_setting(text: &str) -> Self {
+        if text == "auto" { Self::Auto } else { Self::Factory(text.to_owned()) }
+    }
+
     /// Asks FAISS whether it understands the factory string for vectors of width `dim`, before any work is done.
     ///
     /// # Errors

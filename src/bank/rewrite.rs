@@ -285,11 +285,7 @@ fn check_sections(shard: &Shard, all: bool) -> Result<(), BankError> {
         if !all && !documents {
             continue;
         }
-        let (bytes, expected) = shard.section_hash(kind);
-        let found = blake3::Hasher::new().update_rayon(bytes).finalize();
-        if found != expected {
-            return Err(shard.corrupt(shard.section_range(kind).start, kind.name(), expected.to_hex(), found.to_hex()));
-        }
+        shard.check_section(kind)?;
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 //! Comes in: a shard file. Goes out: records, texts, vectors, document rows, without copying where the bytes allow.
 //! What always holds: [`Shard::open`] has checked header, footer and that every section lies inside the file with the
 //! length that the counts demand, so slices cannot go out of bounds; a record's checksum is checked when it is read.
-//! Sections are not hashed at open: [`Shard::section_hash`] is for `verify`. Codes are not decoded here.
+//! Sections are not hashed at open: that is [`Shard::check_section`], for `verify` and those who copy. Codes are not decoded here.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use crate::bank::layout::{
 };
 use crate::bank::mmap::Map;
 use crate::bank::shard_header::ShardHeader;
-use crate::bank::shard_writer::footer_crc;
+use crate::bank::shard_writer::{footer_crc, tokens_are_valid};
 use crate::bank::texts::{TextBlock, TextEntry, decompress};
 use crate::bank::writer::NewRecord;
 use crate::memory::{ContentHash, RecordId};
@@ -70,6 +70,29 @@ impl RecordRef<'_> {
     /// [`BankError::Corrupt`].
     pub fn text(&self) -> Result<String, BankError> {
         self.shard.text(self.id.slot)
+    }
+
+    /// What is wrong with the count and the token indices, which no checksum makes right; nothing in a sound record.
+    pub fn selection_fault(&self) -> Option<&'static str> {
+        let slots = self.shard.header().shape.slots;
+        let (count, length) = (usize::from(self.count), self.token_ids.len());
+        if count != slots.min(length) {
+            Some("count is not the smaller of slots and tokens")
+        } else if !self.tokens.chunks_exact(slots).all(|head| tokens_are_valid(head, count, length)) {
+            Some("token indices do not ascend below the number of tokens")
+        } else {
+            None
+        }
+    }
+
+    /// Refuses a record with a [`RecordRef::selection_fault`]: its indices must not be used.
+    ///
+    /// # Errors
+    /// [`BankError::Corrupt`].
+    pub fn check_selection(&self) -> Result<(), BankError> {
+        let Some(fault) = self.selection_fault() else { return Ok(()) };
+        let offset = self.shard.record_offset(self.id.slot);
+        Err(self.shard.corrupt(offset, "token selection", "ascending indices of the chunk's tokens", fault))
     }
 
     /// The record as something to write once more; `text` is its text.
@@ -330,9 +353,17 @@ impl Shard {
         Ok(&uses[start..end])
     }
 
-    /// The bytes of a section and the hash that the section table has for them.
-    pub(crate) fn section_hash(&self, kind: SectionKind) -> (&[u8], blake3::Hash) {
-        (self.section(kind), blake3::Hash::from_bytes(self.sections[kind.index()].blake3))
+    /// Compares a section with the hash that the section table has for it.
+    ///
+    /// # Errors
+    /// [`BankError::Corrupt`].
+    pub(crate) fn check_section(&self, kind: SectionKind) -> Result<(), BankError> {
+        let expected = blake3::Hash::from_bytes(self.sections[kind.index()].blake3);
+        let found = blake3::Hasher::new().update_rayon(self.section(kind)).finalize();
+        if found == expected {
+            return Ok(());
+        }
+        Err(self.corrupt(self.section_range(kind).start, kind.name(), expected.to_hex(), found.to_hex()))
     }
 
     /// The zeros between sections: ranges and bytes.

@@ -10,30 +10,30 @@ use crate::bank::layout::{FORMAT_VERSION, TOMBSTONES_MAGIC, array_at, put, tombs
 
 /// A set of dead document rows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Tombstones {
+pub struct Tombstones {
     rows: Vec<RowId>,
 }
 
 impl Tombstones {
     /// The set of these rows; order and repetition do not matter.
-    pub(crate) fn new(mut rows: Vec<RowId>) -> Self {
+    pub fn new(mut rows: Vec<RowId>) -> Self {
         rows.sort_unstable();
         rows.dedup();
         Self { rows }
     }
 
     /// Is this row dead?
-    pub(crate) fn contains(&self, row: RowId) -> bool {
+    pub fn contains(&self, row: RowId) -> bool {
         !self.rows.is_empty() && self.rows.binary_search(&row).is_ok()
     }
 
     /// The dead rows, ascending.
-    pub(crate) fn rows(&self) -> &[RowId] {
+    pub fn rows(&self) -> &[RowId] {
         &self.rows
     }
 
     /// The bytes of the file.
-    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+    pub fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = vec![0; tombstones::SIZE];
         put(&mut bytes, tombstones::MAGIC, &TOMBSTONES_MAGIC);
         put(&mut bytes, tombstones::VERSION, &FORMAT_VERSION.to_le_bytes());
@@ -49,7 +49,7 @@ impl Tombstones {
     ///
     /// # Errors
     /// [`BankError::Corrupt`], [`BankError::NewerVersion`].
-    pub(crate) fn parse(path: &Path, bytes: &[u8]) -> Result<Self, BankError> {
+    pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self, BankError> {
         let Some((head, rows)) = bytes.split_at_checked(tombstones::SIZE) else {
             let expected = format!("at least {} bytes", tombstones::SIZE);
             return Err(BankError::corrupt(path, 0, "length", expected, bytes.len()));
@@ -69,7 +69,12 @@ impl Tombstones {
                 supported: FORMAT_VERSION,
             });
         }
-        let count = u64_at(head, tombstones::COUNT);
+        let (reserved, count) = (u32_at(head, tombstones::RESERVED), u64_at(head, tombstones::COUNT));
+        if version == 0 || reserved != 0 {
+            let found = format!("{version} and {reserved}");
+            let at = tombstones::VERSION.start as u64;
+            return Err(BankError::corrupt(path, at, "version and reserved bytes", "at least 1, and 0", found));
+        }
         if !rows.len().is_multiple_of(tombstone::SIZE) || (rows.len() / tombstone::SIZE) as u64 != count {
             let found = format!("{} bytes of rows", rows.len());
             let at = tombstones::COUNT.start as u64;
@@ -113,6 +118,11 @@ mod tests {
         swapped.extend_from_slice(&bytes[32..]);
         swapped.extend_from_slice(&bytes[24..32]);
         assert!(Tombstones::parse(Path::new("t"), &swapped).is_err());
+        for (at, value) in [(8, 0), (12, 1)] {
+            let mut bad = bytes.clone();
+            bad[at] = value;
+            assert!(Tombstones::parse(Path::new("t"), &bad).is_err(), "{at}");
+        }
         let mut newer = bytes;
         newer[8] = 2;
         assert!(matches!(Tombstones::parse(Path::new("t"), &newer), Err(BankError::NewerVersion { found: 2, .. })));

@@ -20,7 +20,6 @@ use crate::bank::lock::BankLock;
 use crate::bank::manifest::Manifest;
 use crate::bank::retrieval::RetrievalIndex;
 use crate::bank::shard::Shard;
-use crate::bank::shard_writer::tokens_are_valid;
 use crate::bank::tombstones::Tombstones;
 use crate::memory::{ContentHash, RecordId};
 
@@ -238,10 +237,9 @@ impl Check<'_> {
 
     fn sections(&mut self, shard: &Shard) {
         for kind in SectionKind::ALL {
-            let (bytes, expected) = shard.section_hash(kind);
-            if blake3::Hasher::new().update_rayon(bytes).finalize() != expected {
-                let (path, offset) = (shard.path().to_owned(), shard.section_range(kind).start);
-                let length = bytes.len() as u64;
+            if shard.check_section(kind).is_err() {
+                let (path, range) = (shard.path().to_owned(), shard.section_range(kind));
+                let (offset, length) = (range.start, range.end - range.start);
                 self.find(Finding::SectionHash { path, section: kind.name(), offset, length });
             }
         }
@@ -263,17 +261,7 @@ impl Check<'_> {
                 Err(error) => self.find(Finding::Record { record: id, error }),
                 Ok(record) => {
                     let offset = shard.record_offset(slot);
-                    let slots = shard.header().shape.slots;
-                    let (count, length) = (usize::from(record.count), record.token_ids.len());
-                    let valid = |head: &[u8]| tokens_are_valid(head, count, length);
-                    let reason = if count != slots.min(length) {
-                        Some("count is not the smaller of slots and tokens")
-                    } else if slots > 0 && !record.tokens.chunks_exact(slots).all(valid) {
-                        Some("token indices do not ascend below the number of tokens")
-                    } else {
-                        None
-                    };
-                    if let Some(reason) = reason {
+                    if let Some(reason) = record.selection_fault() {
                         let path = shard.path().to_owned();
                         self.find(Finding::Selection { path, record: id, offset, reason });
                     }

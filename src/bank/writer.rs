@@ -338,9 +338,14 @@ impl BankWriter {
 
     /// The live row of a document and the hash of its text.
     fn document_row(&self, id: &str) -> Result<Option<(RowId, ContentHash)>, BankError> {
-        if let Some(&found) = self.open_documents.get(id) {
-            return Ok(Some(found));
+        match self.open_documents.get(id) {
+            Some(&found) => Ok(Some(found)),
+            None => self.closed_row(id),
         }
+    }
+
+    /// The live row of a document in the finished shards, and the hash of its text.
+    pub(crate) fn closed_row(&self, id: &str) -> Result<Option<(RowId, ContentHash)>, BankError> {
         let Some(row) = self.catalog.row_of(id)? else { return Ok(None) };
         let Some(shard) = self.sequence.shards.get(&row.shard) else { return Ok(None) };
         let confirmed = shard.document(row.row).ok().filter(|found| found.id == id);

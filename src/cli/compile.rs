@@ -4,7 +4,6 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
@@ -60,7 +59,7 @@ pub struct AppendArgs {
 
 /// What both take; each one left out keeps what `pipeline.toml` says.
 #[derive(Debug, Args)]
-struct RunArgs {
+pub(super) struct RunArgs {
     /// Folders, files and globs of .txt, .md, .jsonl[.zst|.gz] and .parquet; `-` reads standard input
     #[arg(value_name = "INPUT")]
     inputs: Vec<String>,
@@ -172,9 +171,7 @@ impl RunArgs {
         let index = config.bank.path.join("index");
         let ledger = args.ledger.clone().unwrap_or_else(|| index.join("ledger.jsonl"));
         let report_path = args.report.clone().unwrap_or_else(|| index.join("report.json"));
-        if config.run.threads > 0 {
-            rayon::ThreadPoolBuilder::new().num_threads(config.run.threads).build_global().context("--threads")?;
-        }
+        args.start_threads(&config)?;
 
         if args.dry_run {
             let report = pipeline::compile(&config, task, &ledger, &Progress::default(), &StopFlag::default())?;
@@ -251,7 +248,16 @@ struct FailedReport<'a> {
 }
 
 impl RunArgs {
-    fn config(&self, global: &Global) -> anyhow::Result<Config> {
+    /// Starts as many worker threads as the settings say.
+    pub(super) fn start_threads(&self, config: &Config) -> anyhow::Result<()> {
+        if config.run.threads > 0 {
+            rayon::ThreadPoolBuilder::new().num_threads(config.run.threads).build_global().context("--threads")?;
+        }
+        Ok(())
+    }
+
+    /// The settings with the flags laid over them.
+    pub(super) fn config(&self, global: &Global) -> anyhow::Result<Config> {
         let mut config = options::load_config(global)?;
         config.bank.path = self.bank.resolve(&config);
         config.model.path = self.model.resolve(&config);
@@ -367,15 +373,16 @@ fn summary(report: &RunReport, config: &Config, ledger: &std::path::Path) -> Str
     let rate = report.chunks_per_second();
     text += &format!(
         "time        {} in all, {rate:.1} chunks/s; {:.1} cores busy; peak memory {}\n",
-        seconds(report.seconds),
+        output::duration(report.seconds),
         report.cpu_seconds / report.seconds.max(1e-9),
         ByteSize(report.peak_memory_bytes)
     );
     if let Some(saved) = report.saved_seconds.filter(|&saved| saved >= 0.1) {
-        text += &format!("saved       {} of encoding: unchanged and shared chunks\n", seconds(saved));
+        text += &format!("saved       {} of encoding: unchanged and shared chunks\n", output::duration(saved));
     }
     for stage in &report.stages {
-        text += &format!("  {:<9} {:>9} of a core{}\n", stage.name, seconds(stage.busy_seconds), rate_of(stage));
+        text +=
+            &format!("  {:<9} {:>9} of a core{}\n", stage.name, output::duration(stage.busy_seconds), rate_of(stage));
     }
     if report.stopped {
         text += &match report.records_kept {
@@ -412,19 +419,5 @@ fn rate_of(stage: &StageReport) -> String {
         // Rounded for people.
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
         _ => format!(", {} chunks/s", output::thousands(rate as u64)),
-    }
-}
-
-/// `12.3 s`, or `1 h 02 min 03 s`.
-fn seconds(seconds: f64) -> String {
-    if seconds < 100.0 {
-        return format!("{seconds:.1} s");
-    }
-    let whole = Duration::from_secs_f64(seconds).as_secs();
-    let (hours, minutes) = (whole / 3600, whole / 60 % 60);
-    if hours > 0 {
-        format!("{hours} h {minutes:02} min {:02} s", whole % 60)
-    } else {
-        format!("{minutes} min {:02} s", whole % 60)
     }
 }

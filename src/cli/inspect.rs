@@ -142,7 +142,7 @@ impl<'a> Inspection<'a> {
             sizes: Sizes {
                 shards: manifest.shards.len(),
                 shard_bytes,
-                code_bytes: records * record_code_bytes,
+                code_bytes: records.saturating_mul(record_code_bytes),
                 retrieval_bytes,
                 codec_bytes,
                 prefix_bytes,

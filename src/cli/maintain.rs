@@ -9,9 +9,9 @@ use anyhow::Context;
 use clap::Args;
 use serde::Serialize;
 
-use super::options::{self, BankArg};
+use super::options::{self, BankArg, LeftoversArg};
 use super::{Global, Outcome, output};
-use crate::bank::{self, BankEditor, Change, Compaction, Leftovers, Manifest, RemoveOptions};
+use crate::bank::{self, BankEditor, Change, Compaction, Manifest, RemoveOptions};
 use crate::config::{ByteSize, Config};
 
 /// Generations that stay after the change.
@@ -109,9 +109,8 @@ pub struct CompactArgs {
     /// Say what would be rewritten, and stop
     #[arg(long)]
     dry_run: bool,
-    /// Give up shards that an interrupted compile has left unpublished (they are renamed to *.aside)
-    #[arg(long)]
-    set_aside: bool,
+    #[command(flatten)]
+    leftovers: LeftoversArg,
     #[command(flatten)]
     bank: BankArg,
     #[command(flatten)]
@@ -123,7 +122,7 @@ pub fn compact(global: &Global, args: &CompactArgs) -> anyhow::Result<Outcome> {
     anyhow::ensure!((0.0..=1.0).contains(&args.live_below), "--live-below {}: choose 0 to 1", args.live_below);
     let config = options::load_config(global)?;
     let editor = BankEditor::open(&args.bank.resolve(&config), args.keep.resolve(&config))?;
-    let leftovers = if args.set_aside { Leftovers::SetAside } else { Leftovers::Refuse };
+    let leftovers = args.leftovers.resolve();
     let done = match args.dry_run {
         true => editor.plan_compaction(args.live_below)?,
         false => editor.compact(args.live_below, config.bank.records_per_shard, leftovers)?.0,

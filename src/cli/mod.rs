@@ -17,6 +17,7 @@ mod inspect;
 mod maintain;
 mod options;
 mod output;
+mod plan;
 mod progress;
 mod repair;
 mod search;
@@ -84,6 +85,8 @@ struct Global {
 enum Verb {
     /// Compile a corpus into a bank, or make a bank match its corpus
     Compile(Box<compile::CompileArgs>),
+    /// Say what a compile would take and give: bytes, codec, time, memory, disk
+    Plan(Box<plan::PlanArgs>),
     /// Add documents to a bank
     Append(Box<compile::AppendArgs>),
     /// Remove documents from a bank
@@ -118,6 +121,7 @@ pub fn run() -> ExitCode {
     output::start_logging(cli.global.quiet);
     let outcome = match &cli.verb {
         Verb::Compile(args) => compile::run(&cli.global, args),
+        Verb::Plan(args) => plan::run(&cli.global, args),
         Verb::Append(args) => compile::append(&cli.global, args),
         Verb::Remove(args) => maintain::remove(&cli.global, args),
         Verb::Compact(args) => maintain::compact(&cli.global, args),

@@ -6,6 +6,7 @@ use anyhow::Context;
 use clap::Args;
 
 use super::Global;
+use crate::bank::Leftovers;
 use crate::config::{self, Config};
 
 /// Which bank to use.
@@ -59,6 +60,21 @@ impl ModelArg {
     /// The decoder's folder.
     pub fn resolve(&self, config: &Config) -> PathBuf {
         self.model.clone().unwrap_or_else(|| config.model.path.clone())
+    }
+}
+
+/// What becomes of an interrupted compile's work, for verbs that cannot go on beside it.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct LeftoversArg {
+    /// Give up shards that an interrupted compile has left unpublished (they are renamed to *.aside)
+    #[arg(long)]
+    set_aside: bool,
+}
+
+impl LeftoversArg {
+    /// The choice.
+    pub fn resolve(self) -> Leftovers {
+        if self.set_aside { Leftovers::SetAside } else { Leftovers::Refuse }
     }
 }
 

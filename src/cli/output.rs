@@ -116,6 +116,20 @@ pub fn thousands(number: u64) -> String {
     text
 }
 
+/// `12.3 s`, or `1 h 02 min 03 s`.
+pub fn duration(seconds: f64) -> String {
+    if seconds < 100.0 {
+        return format!("{seconds:.1} s");
+    }
+    let whole = std::time::Duration::from_secs_f64(seconds).as_secs();
+    let (hours, minutes) = (whole / 3600, whole / 60 % 60);
+    if hours > 0 {
+        format!("{hours} h {minutes:02} min {:02} s", whole % 60)
+    } else {
+        format!("{minutes} min {:02} s", whole % 60)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,9 +5,9 @@ use std::fmt::Write;
 use clap::Args;
 
 use super::maintain::KeepArg;
-use super::options::{self, BankArg};
+use super::options::{self, BankArg, LeftoversArg};
 use super::{Global, Outcome, output};
-use crate::bank::{self, Leftovers, Repair, RepairOptions};
+use crate::bank::{self, Repair, RepairOptions};
 
 /// Arguments of `memory3 repair`.
 #[derive(Debug, Args)]
@@ -23,9 +23,8 @@ pub struct RepairArgs {
     /// Publish a generation without what is damaged
     #[arg(long)]
     drop_damaged: bool,
-    /// Give up shards that an interrupted compile has left unpublished (they are renamed to *.aside)
-    #[arg(long)]
-    set_aside: bool,
+    #[command(flatten)]
+    leftovers: LeftoversArg,
     #[command(flatten)]
     bank: BankArg,
     #[command(flatten)]
@@ -40,7 +39,7 @@ pub fn run(global: &Global, args: &RepairArgs) -> anyhow::Result<Outcome> {
         drop_damaged: args.drop_damaged,
         records_per_shard: config.bank.records_per_shard,
         keep: args.keep.resolve(&config),
-        leftovers: if args.set_aside { Leftovers::SetAside } else { Leftovers::Refuse },
+        leftovers: args.leftovers.resolve(),
     };
     let repair = bank::repair(&dir, options)?;
     if global.json {

@@ -76,6 +76,7 @@ pub fn run(global: &Global, args: &ShowArgs) -> anyhow::Result<Outcome> {
     let model = args.model.resolve(&config);
     let manifest = bank.manifest();
     let record = bank.record(args.record)?;
+    record.check_selection()?;
 
     let chunk_tokens = usize::try_from(manifest.chunk_tokens)?;
     let chunker = Chunker::from_dir(&model, chunk_tokens)

@@ -70,13 +70,16 @@ impl LevelTables {
         }
         found
     }
-}
 
-/// `rows -= centroids`, of the indices that [`LevelTables::assign`] found.
-pub(super) fn subtract(books: &Codebooks, found: &[u32], rows: &mut [f32]) {
-    for (row, found) in rows.chunks_exact_mut(books.dim).zip(found.chunks_exact(books.split.count)) {
-        for ((part, &index), row) in found.iter().enumerate().zip(row.chunks_exact_mut(books.sub_dim())) {
-            row.iter_mut().zip(books.centroid(part, index as usize)).for_each(|(row, centroid)| *row -= centroid);
+    /// `rows -= centroids`, of the indices that [`LevelTables::assign`] found.
+    pub(super) fn subtract(&self, books: &Codebooks, found: &[u32], rows: &mut [f32]) {
+        for (row, found) in rows.chunks_exact_mut(books.dim).zip(found.chunks_exact(books.split.count)) {
+            let parts = row.chunks_exact_mut(books.sub_dim()).zip(found).zip(&self.tables);
+            for (part, ((row, &index), table)) in parts.enumerate() {
+                let at_hand = table.column_at_hand(index);
+                let centroid = at_hand.unwrap_or_else(|| books.centroid(part, index as usize));
+                row.iter_mut().zip(centroid).for_each(|(row, centroid)| *row -= centroid);
+            }
         }
     }
 }
@@ -120,7 +123,7 @@ impl Encoder {
         if let (Some(books), Some(tables)) = (&parts.level1, &self.level1) {
             let found = tables.assign(books, &rest);
             pack_rows(books, &found, codes, code_bytes, offset);
-            subtract(books, &found, &mut rest);
+            tables.subtract(books, &found, &mut rest);
             offset = books.split.code_bytes();
         }
         // 3. The product quantizer on the rest.
@@ -139,24 +142,18 @@ fn pack_rows(books: &Codebooks, found: &[u32], codes: &mut [u8], code_bytes: usi
 
 /// Writes indices of `bits` bits one after the other, lowest bit first; what is left of the last byte is zero.
 pub(super) fn pack(field: &mut [u8], indices: impl Iterator<Item = u32>, bits: u32) {
-    let (mut buffer, mut filled) = (0u64, 0);
-    let mut bytes = field.iter_mut();
-    let mut put = |buffer: &mut u64| {
-        if let Some(byte) = bytes.next() {
-            *byte = buffer.to_le_bytes()[0];
-        }
-        *buffer >>= 8;
-    };
+    let (mut buffer, mut filled, mut at) = (0u64, 0, 0);
     for index in indices {
         buffer |= u64::from(index) << filled;
         filled += bits;
-        while filled >= 8 {
-            put(&mut buffer);
-            filled -= 8;
+        if filled >= 32 {
+            let [a, b, c, d, ..] = buffer.to_le_bytes();
+            field[at..at + 4].copy_from_slice(&[a, b, c, d]);
+            (buffer, filled, at) = (buffer >> 32, filled - 32, at + 4);
         }
     }
-    if filled > 0 {
-        put(&mut buffer);
+    for (byte, value) in field[at..].iter_mut().zip(buffer.to_le_bytes()) {
+        *byte = value;
     }
 }
 

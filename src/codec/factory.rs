@@ -35,7 +35,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::CodecError;
+use super::{CodecError, file};
 
 /// Training vectors for each centroid below which held-out error grows; FAISS warns there.
 pub const ADVISED_PER_CENTROID: usize = 39;
@@ -217,6 +217,14 @@ impl CodecSpec {
         match self {
             Self::Bf16 => head_dim * 2,
             Self::Faiss(spec) => spec.code_bytes(),
+        }
+    }
+
+    /// Bytes of its FAISS file.
+    pub fn file_bytes(&self, head_dim: usize) -> u64 {
+        match self {
+            Self::Bf16 => 0,
+            Self::Faiss(spec) => file::file_bytes(spec, head_dim),
         }
     }
 

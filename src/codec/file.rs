@@ -137,6 +137,20 @@ impl CodecParts {
     }
 }
 
+/// The length of the file of a codec that is not trained yet.
+pub(super) fn file_bytes(spec: &FactorySpec, head_dim: usize) -> u64 {
+    // Tag, width, three numbers of eight bytes, a flag and the metric; widths and lengths of vectors.
+    const HEADER: usize = 4 + 4 + 3 * 8 + 1 + 4;
+    let inner = spec.inner_dim(head_dim);
+    let codebooks = |split: SplitSpec| 3 * 8 + 8 + 4 * (inner << split.bits);
+    let rotation = HEADER + 4 + 4 + 1 + (8 + 4 * head_dim * inner) + 8 + 4 + 4 + 1;
+    let index = match spec.level1 {
+        Some(level1) => 2 * HEADER + codebooks(level1) + 8 + 1 + codebooks(spec.level2) + 4 * 8,
+        None => HEADER + codebooks(spec.level2) + 8 + 4 + 1 + 4,
+    };
+    (index + if spec.opq.is_some() { rotation } else { 0 }) as u64
+}
+
 struct Reader<'a> {
     bytes: &'a [u8],
     offset: usize,
@@ -452,6 +466,14 @@ mod tests {
         assert_eq!(CodecParts::parse(&biased.to_bytes()).unwrap(), biased);
         assert_eq!(biased.dim(), 5);
         assert_eq!(biased.spec().to_string(), "OPQ_6,Residual2x3,PQ3x5");
+    }
+
+    #[test]
+    fn the_length_of_a_file_is_known_before_it_is_trained() {
+        for parts in all() {
+            let spec = parts.spec();
+            assert_eq!(file_bytes(&spec, parts.dim()), parts.to_bytes().len() as u64, "{spec}");
+        }
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! The codecs of a bank on the GPU that the model is on: vectors become codes without leaving it.
 //!
-//! The codes are those of [`CodecSet::encode_memories`], bit for bit; a test on a GPU compares them.
+//! The codes are those of [`CodecSet::encode_memories`], bit for bit, where the processor has fused multiply-adds; a test on
+//! a GPU compares them.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Codebooks, Codec, CodecSet, Scope};
 use crate::gpu::{Batch, Books, CodecRoom, CodecVectors, Gpu, GpuCodec, GpuError, GpuMemory, QuantizerKernels, Share};
@@ -15,7 +16,8 @@ pub struct GpuCodecSet {
     shape: MemoryShape,
     codecs: Vec<(GpuCodec, CodecRoom, Share)>,
     code_bytes: usize,
-    codes: GpuMemory,
+    /// Locked while a batch is encoded: its room is shared too.
+    codes: Mutex<GpuMemory>,
 }
 
 impl GpuCodecSet {
@@ -32,7 +34,7 @@ impl GpuCodecSet {
             let parts = codec.parts();
             let levels: Vec<Books<'_>> = parts.level1.iter().chain([&parts.level2]).map(books).collect();
             let depths: Vec<usize> = levels.iter().map(|books| books.depth).collect();
-            if !GpuCodec::is_supported(parts.dim().max(parts.level2.dim), &depths) {
+            if !GpuCodec::is_supported(gpu, parts.dim().max(parts.level2.dim), &depths) {
                 return Ok(None);
             }
             let share = match set.scope() {
@@ -47,7 +49,7 @@ impl GpuCodecSet {
             codecs.push((on_gpu, room, share));
         }
         let code_bytes = set.code_bytes();
-        let codes = gpu.zeros(chunks * shape.vectors() * code_bytes)?;
+        let codes = Mutex::new(gpu.zeros(chunks * shape.vectors() * code_bytes)?);
         let kernels = QuantizerKernels::new(gpu)?;
         Ok(Some(Self { gpu: Arc::clone(gpu), kernels, shape, codecs, code_bytes, codes }))
     }
@@ -60,20 +62,21 @@ impl GpuCodecSet {
     ///
     /// # Panics
     /// If the batch has more chunks than there is room for.
-    pub fn encode(&self, (batch, vectors): (&Batch, &GpuMemory), chunks: usize) -> Result<Vec<u8>, GpuError> {
+    pub fn encode(&self, (batch, vectors): (&Batch, &GpuMemory)) -> Result<Vec<u8>, GpuError> {
         self.gpu.bind()?;
+        let codes_on_gpu = self.codes.lock().unwrap_or_else(PoisonError::into_inner);
         let of = CodecVectors {
             batch,
             vectors,
             of_chunk: self.shape.vectors(),
             slots: self.shape.slots,
-            codes: &self.codes,
+            codes: &codes_on_gpu,
         };
         for (codec, room, share) in &self.codecs {
             codec.encode(&self.gpu, &self.kernels, room, of, *share)?;
         }
-        let mut codes = vec![0; chunks * self.shape.vectors() * self.code_bytes];
-        self.gpu.read(&self.codes, &mut codes)?;
+        let mut codes = vec![0; batch.chunks() * self.shape.vectors() * self.code_bytes];
+        self.gpu.read(&codes_on_gpu, &mut codes)?;
         Ok(codes)
     }
 }

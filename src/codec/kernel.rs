@@ -11,12 +11,14 @@
 //! multiply-add); the portable level rounds the product first and may differ in the last bit. A machine
 //! always takes the same level.
 //!
-//! `unsafe` here, and in `screen`, is vector loads and stores, and the calls
-//! into the levels after the processor was asked for them.
+//! `unsafe` here, and in `screen` and `lanes`, is vector loads and stores, reads of floats within a depth that was checked,
+//! prefetches, and the calls into the levels after the processor was asked for them.
 #![allow(unsafe_code)]
 
 use std::sync::OnceLock;
 
+#[cfg(target_arch = "x86_64")]
+use super::lanes::{self, Lanes};
 #[cfg(target_arch = "x86_64")]
 use super::screen::{self, Screen};
 
@@ -40,7 +42,7 @@ pub(super) enum Level {
     /// AVX-512 F.
     #[cfg(target_arch = "x86_64")]
     Avx512,
-    /// AVX-512 with 8-bit products: the nearest centroid by `screen`, all else as [`Level::Avx512`].
+    /// AVX-512 with 8-bit products: the nearest centroid by `screen` or `lanes`, all else as [`Level::Avx512`].
     #[cfg(target_arch = "x86_64")]
     Avx512Vnni,
 }
@@ -81,9 +83,19 @@ pub(super) struct Table {
     values: Vec<f32>,
     /// `[tile][32]`: where each column's sum starts.
     start: Vec<f32>,
-    /// The columns in 8 bits, if they are a codebook that this suits.
+    /// The columns once more, if they are a codebook that this suits.
     #[cfg(target_arch = "x86_64")]
-    screen: Option<Screen>,
+    fast: Option<Fast>,
+}
+
+/// A faster way to the same column, of [`Level::Avx512Vnni`].
+#[cfg(target_arch = "x86_64")]
+#[derive(Debug)]
+enum Fast {
+    /// For few columns.
+    Lanes(Lanes),
+    /// For many.
+    Screen(Screen),
 }
 
 impl Table {
@@ -95,13 +107,28 @@ impl Table {
         // Padding starts at minus infinity, which no comparison lets through.
         let table = Self::new(centroids, depth, f32::NEG_INFINITY, half);
         #[cfg(target_arch = "x86_64")]
-        let table = Self { screen: Screen::new(centroids, depth, &table.start), ..table };
+        let table = {
+            let lanes = Lanes::new(centroids, depth, &table.start).map(Fast::Lanes);
+            let fast = lanes.or_else(|| Screen::new(centroids, depth, &table.start).map(Fast::Screen));
+            Self { fast, ..table }
+        };
         table
     }
 
     /// A matrix, `rows` being `[column][depth]`: the sum is the plain product.
     pub(super) fn matrix(rows: &[f32], depth: usize) -> Self {
         Self::new(rows, depth, 0.0, |_| 0.0)
+    }
+
+    /// A column of a codebook out of the memory that [`nearest`] read it from, if there is such.
+    #[inline]
+    pub(super) fn column_at_hand(&self, column: u32) -> Option<&[f32]> {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(Fast::Screen(screen)) = &self.fast {
+            return Some(screen.column(column));
+        }
+        let _ = column;
+        None
     }
 
     fn new(source: &[f32], depth: usize, padding: f32, start_of: impl Fn(&[f32]) -> f32) -> Self {
@@ -122,7 +149,7 @@ impl Table {
             values,
             start,
             #[cfg(target_arch = "x86_64")]
-            screen: None,
+            fast: None,
         }
     }
 }
@@ -170,9 +197,11 @@ pub(super) fn nearest(level: Level, table: &Table, rows: Rows<'_>, found: &mut [
         // SAFETY: `Level::available` yields this level only where AVX-512 F was detected.
         Level::Avx512 => unsafe { avx512::nearest(table, rows, found) },
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512Vnni => match &table.screen {
+        Level::Avx512Vnni => match &table.fast {
+            // SAFETY: `Level::available` yields this level only where `screen::is_available`, which asks for AVX-512 F.
+            Some(Fast::Lanes(lanes)) => unsafe { lanes::nearest(lanes, rows, found) },
             // SAFETY: `Level::available` yields this level only where `screen::is_available`.
-            Some(screen) => unsafe {
+            Some(Fast::Screen(screen)) => unsafe {
                 screen::nearest(screen, rows, found, |rows, found| nearest(Level::Avx512, table, rows, found));
             },
             None => nearest(Level::Avx512, table, rows, found),
@@ -190,6 +219,38 @@ pub(super) fn product(level: Level, table: &Table, rows: Rows<'_>, product: &mut
         #[cfg(target_arch = "x86_64")]
         // SAFETY: `Level::available` yields these levels only where AVX-512 F was detected.
         Level::Avx512 | Level::Avx512Vnni => unsafe { avx512::product(table, rows, product) },
+    }
+}
+
+/// Floats of a cache line.
+const CACHE_LINE: usize = 16;
+
+/// Asks for what begins here.
+#[inline(always)]
+fn prefetch(line: &[f32]) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: SSE is part of the target; a prefetch reads nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = line;
+}
+
+/// Moves sums, as many rows as `out` has, to their columns from `first` on of rows of `width`.
+#[inline(always)]
+fn put<const PART: usize>(sums: &[[f32; PART]], out: &mut [f32], width: usize, first: usize) {
+    if first + PART <= width {
+        for (sums, out) in sums.iter().zip(out.chunks_exact_mut(width)) {
+            if let Some(out) = out[first..].first_chunk_mut() {
+                *out = *sums;
+            }
+        }
+    } else {
+        for (sums, out) in sums.iter().zip(out.chunks_exact_mut(width)) {
+            out[first..].copy_from_slice(&sums[..width - first]);
+        }
     }
 }
 
@@ -282,24 +343,73 @@ macro_rules! level {
             }
         }
 
+        /// The same for rows as they are, `[ROWS][depth]`, and the first `COUNT` registers of columns. Fetches what is
+        /// `ahead` meanwhile.
+        $(#[$attr])*
+        fn sums_of_rows<const COUNT: usize>(
+            rows: &[&[f32]; ROWS],
+            (tile, start): (&[f32], &[f32]),
+            ahead: &[f32],
+            out: &mut [[f32; PART]; ROWS],
+        ) {
+            let depth = rows[0].len();
+            assert!(rows.iter().all(|row| row.len() == depth));
+            let mut sums = [[splat(0.0); COUNT]; ROWS];
+            for (r, lanes) in start.as_chunks::<WIDTH>().0.iter().enumerate().take(COUNT) {
+                let lanes = load(lanes);
+                for i in 0..ROWS {
+                    sums[i][r] = lanes;
+                }
+            }
+            let mut ahead = ahead.chunks(CACHE_LINE);
+            for (k, line) in tile.chunks(TILE).enumerate().take(depth) {
+                if let Some(ahead) = ahead.next() {
+                    prefetch(ahead);
+                }
+                let mut columns = [splat(0.0); COUNT];
+                for (r, lanes) in line.as_chunks::<WIDTH>().0.iter().enumerate().take(COUNT) {
+                    columns[r] = load(lanes);
+                }
+                for i in 0..ROWS {
+                    // SAFETY: `k` is less than the depth, which is the length of all rows.
+                    let x = splat(unsafe { *rows[i].get_unchecked(k) });
+                    for r in 0..COUNT {
+                        sums[i][r] = multiply_add(x, columns[r], sums[i][r]);
+                    }
+                }
+            }
+            for i in 0..ROWS {
+                let lanes = out[i].as_chunks_mut::<WIDTH>().0;
+                for r in 0..COUNT {
+                    store(sums[i][r], &mut lanes[r]);
+                }
+            }
+        }
+
         $(#[$attr])*
         pub(super) fn product(table: &Table, rows: Rows<'_>, product: &mut [f32]) {
             let (depth, columns) = (table.depth, table.columns);
-            let packed = rows.pack(depth, ROWS);
-            for (group, product) in packed.chunks_exact(depth * ROWS).zip(product.chunks_mut(ROWS * columns)) {
-                let tiles = table.values.chunks_exact(depth * TILE).zip(table.start.chunks_exact(TILE));
-                for (t, (tile, start)) in tiles.enumerate() {
-                    for first in (t * TILE..((t + 1) * TILE).min(columns)).step_by(PART) {
-                        let part = first - t * TILE;
-                        let sums = sums(group, &tile[part..], &start[part..]);
-                        for (sums, row) in sums.iter().zip(product.chunks_exact_mut(columns)) {
-                            let mut lanes = [[0.0; WIDTH]; REGS];
-                            for r in 0..REGS {
-                                store(sums[r], &mut lanes[r]);
-                            }
-                            let row = &mut row[first..(first + PART).min(columns)];
-                            row.copy_from_slice(&lanes.as_flattened()[..row.len()]);
+            let mut sums = [[0.0; PART]; ROWS];
+            let tiles = table.values.chunks_exact(depth * TILE).zip(table.start.chunks_exact(TILE));
+            for (t, (tile, start)) in tiles.enumerate() {
+                for first in (t * TILE..((t + 1) * TILE).min(columns)).step_by(PART) {
+                    let part = first - t * TILE;
+                    for (g, out) in product.chunks_mut(ROWS * columns).enumerate() {
+                        let last = g * ROWS + out.len() / columns - 1;
+                        let next = (g + 1) * ROWS * rows.stride;
+                        let end = if first == 0 { rows.data.len().min(next + ROWS * rows.stride) } else { 0 };
+                        let ahead = rows.data.get(next..end).unwrap_or_default();
+                        let mut group = [&[][..]; ROWS];
+                        for i in 0..ROWS {
+                            group[i] = rows.row((g * ROWS + i).min(last), depth);
                         }
+                        let (tile, start) = (&tile[part..], &start[part..]);
+                        if columns - first <= WIDTH {
+                            sums_of_rows::<1>(&group, (tile, start), ahead, &mut sums);
+                        } else {
+                            sums_of_rows::<REGS>(&group, (tile, start), ahead, &mut sums);
+                        }
+                        put(&sums, out, columns, first);
                     }
                 }
             }
@@ -308,7 +418,7 @@ macro_rules! level {
 }
 
 mod portable {
-    use super::{BLOCK, CHUNK_BYTES, Rows, TILE, Table, best_lane};
+    use super::{BLOCK, CACHE_LINE, CHUNK_BYTES, Rows, TILE, Table, best_lane, prefetch, put};
 
     type Register = [f32; 4];
 
@@ -352,7 +462,7 @@ mod avx2 {
         _mm256_set1_ps, _mm256_storeu_ps,
     };
 
-    use super::{BLOCK, CHUNK_BYTES, Rows, TILE, Table, best_lane};
+    use super::{BLOCK, CACHE_LINE, CHUNK_BYTES, Rows, TILE, Table, best_lane, prefetch, put};
 
     type Register = __m256;
 
@@ -405,7 +515,7 @@ mod avx512 {
         _mm512_storeu_ps,
     };
 
-    use super::{BLOCK, CHUNK_BYTES, Rows, TILE, Table, best_lane};
+    use super::{BLOCK, CACHE_LINE, CHUNK_BYTES, Rows, TILE, Table, best_lane, prefetch, put};
 
     type Register = __m512;
 

@@ -24,6 +24,8 @@ mod gpu;
 mod kernel;
 #[cfg(feature = "compile")]
 mod kmeans;
+#[cfg(target_arch = "x86_64")]
+mod lanes;
 #[cfg(feature = "compile")]
 mod opq;
 pub mod quality;

@@ -87,6 +87,48 @@ impl Draws {
     }
 }
 
+/// What a sample of chunks will give, without encoding any of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct SampleSize {
+    /// Vectors, held-out ones included.
+    pub vectors: usize,
+    /// Training vectors that the codec with fewest of them has.
+    pub available: usize,
+    /// Vectors held out.
+    pub held_out: usize,
+}
+
+impl SampleSize {
+    /// Of chunks in the order of the queue, each with its number of tokens: as [`TrainingSample::add`] for each.
+    pub fn of(
+        sampler: &Sampler,
+        shape: &MemoryShape,
+        scope: Scope,
+        chunks: impl Iterator<Item = (ContentHash, usize)>,
+    ) -> Self {
+        let mut size = Self::default();
+        let mut counts = vec![0; scope.codecs(shape.layers).max(1)];
+        for (chunk, tokens) in chunks {
+            let drawn = sampler.draw(&chunk, shape, u8::try_from(tokens.min(shape.slots)).unwrap_or(u8::MAX));
+            // It would be the last of the queue, and go again.
+            if size.vectors + drawn.len() > sampler.capacity.min(MAX_CAPACITY) {
+                continue;
+            }
+            size.vectors += drawn.len();
+            if sampler.is_held_out(&chunk) {
+                size.held_out += drawn.len();
+                continue;
+            }
+            for vector in drawn {
+                let place = VectorPlace::of(shape, vector);
+                counts[scope.codec_of(place.layer, place.side)] += 1;
+            }
+        }
+        size.available = counts.into_iter().min().unwrap_or(0);
+        size
+    }
+}
+
 /// The vectors drawn so far.
 #[derive(Debug)]
 pub struct TrainingSample {
@@ -251,6 +293,26 @@ mod tests {
             prop_assert_eq!(one.len(), forward.len());
             for purpose in [Purpose::Train, Purpose::HeldOut] {
                 prop_assert_eq!(one.vectors(purpose, |_| true), forward.vectors(purpose, |_| true));
+            }
+        }
+
+        #[test]
+        fn the_size_of_a_sample_is_known_before_it_is_encoded(
+            capacity in 0usize..500,
+            tokens in prop::collection::vec(1usize..9, 1..60),
+        ) {
+            let sampler = sampler(capacity);
+            let mut queue: Vec<(ContentHash, usize)> = (0..).map(hash).zip(tokens).collect();
+            queue.sort_by_key(|(chunk, _)| (sampler.priority(chunk), *chunk));
+            let mut sample = TrainingSample::new(sampler, SHAPE);
+            for (chunk, tokens) in &queue {
+                sample.add(chunk, &memory(1, u8::try_from(*tokens.min(&4)).unwrap()));
+            }
+            for scope in [Scope::Shared, Scope::Kv, Scope::KvLayer] {
+                let size = SampleSize::of(&sampler, &SHAPE, scope, queue.iter().copied());
+                prop_assert_eq!(size.vectors, sample.len());
+                prop_assert_eq!(size.available, sample.available(scope));
+                prop_assert_eq!(size.held_out * SHAPE.head_dim, sample.vectors(Purpose::HeldOut, |_| true).len());
             }
         }
 

@@ -9,8 +9,10 @@
 //! 3. So what the integer sum of such a column leaves out, `d . (t p - x) + (x - c) . e`, is at most
 //!    `|d| (r + |e|) + r |e|`, and with the rounding of f32 that is the row's slack. A column whose sum is farther below
 //!    the bar than that cannot be the nearest.
-//! 4. The sums of the 8 columns of a *bundle* share their largest one, so a bundle is what stays or goes. All columns
-//!    of the bundles that stay get their f32 sum, by the arithmetic of `kernel`, and the best of these is the answer.
+//! 4. Of the sums of the 8 columns of a *bundle* only the largest is kept, and of those the largest of a *span* of strips
+//!    beside it. Where a bundle stays, its 8 sums are made again, for a few bytes more, to see which columns stay.
+//! 5. These get their f32 sum, by the arithmetic of `kernel`, and the best is the answer. A codebook in f32 is larger than
+//!    the second cache: to bring whole bundles of it would take longer than all the rest.
 //!
 //! Always holds: whatever the 8-bit numbers are, the answer is that of the f32 kernel; they only cost time. Rows that
 //! are not finite, or large enough to overflow, go to the f32 kernel.
@@ -19,14 +21,15 @@
 #![allow(clippy::cast_possible_truncation)]
 
 use std::arch::x86_64::{
-    __m256, __m256i, __m512, __m512i, _CMP_EQ_OQ, _CMP_GT_OQ, _MM_HINT_T0, _mm_cvtss_f32, _mm_max_ps, _mm_max_ss,
-    _mm_movehdup_ps, _mm_movehl_ps, _mm_prefetch, _mm256_castps256_ps128, _mm256_cmp_ps_mask, _mm256_extractf128_ps,
-    _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_mask_cmplt_epi32_mask, _mm256_mask_mov_epi32,
-    _mm256_mask_mov_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_storeu_ps, _mm256_storeu_si256,
-    _mm512_cmpeq_epi32_mask, _mm512_cmpge_epi32_mask, _mm512_cmpgt_epi32_mask, _mm512_cvtps_epi32, _mm512_dpbusd_epi32,
-    _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mask_mov_epi32, _mm512_max_epi32, _mm512_mul_ps,
-    _mm512_reduce_max_epi32, _mm512_set1_epi32, _mm512_set1_ps, _mm512_storeu_si512,
+    __m256i, __m512, __m512i, _MM_HINT_T0, _mm_prefetch, _mm256_castsi256_ps, _mm256_cmpeq_epi32_mask,
+    _mm256_cmpge_epi32_mask, _mm256_cvtps_epi32, _mm256_dpbusd_epi32, _mm256_fmadd_ps, _mm256_loadu_si256,
+    _mm256_max_epi32, _mm256_mul_ps, _mm256_permute2x128_si256, _mm256_set1_epi32, _mm256_set1_ps,
+    _mm256_shuffle_epi32, _mm256_storeu_si256, _mm512_cmpeq_epi32_mask, _mm512_cmpge_epi32_mask,
+    _mm512_cmpgt_epi32_mask, _mm512_cvtps_epi32, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_ps,
+    _mm512_loadu_si512, _mm512_mask_mov_epi32, _mm512_max_epi32, _mm512_mul_ps, _mm512_reduce_max_epi32,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_storeu_si512,
 };
+use std::cell::RefCell;
 
 use super::kernel::{BLOCK, Rows};
 
@@ -34,14 +37,18 @@ use super::kernel::{BLOCK, Rows};
 const ROWS: usize = 8;
 /// Register blocks of rows that pass over the columns together.
 const GROUPS: usize = 6;
-/// f32 sums that are added side by side.
-const CHAINS: usize = 6;
+/// f32 sums that are made side by side, because each is a chain of dependent steps.
+const CHAINS: usize = ROWS;
 /// Registers of columns in a register block.
 const REGS: usize = 2;
 /// Columns that share one lane: one each of 8 registers.
 const BUNDLE: usize = 8;
 /// Columns of 8 registers.
 const STRIP: usize = 16 * BUNDLE;
+/// Strips that are looked at together when bundles are sought.
+const SPAN: usize = 8;
+/// Floats of a cache line.
+const LINE: usize = 16;
 /// Depth of one instruction.
 const STEP: usize = 4;
 
@@ -50,6 +57,7 @@ const ROW_BITS: u32 = 127;
 const _: () = assert!(BLOCK <= ROW_BITS as usize + 1);
 
 /// The number of the row of a sorting key.
+#[inline(always)]
 fn row_of(key: u32) -> usize {
     (key & ROW_BITS) as usize
 }
@@ -74,8 +82,13 @@ pub(super) struct Screen {
     values: Vec<[u8; 64]>,
     /// `[strip][register][lane]`: where a column's integer sum starts, and how much was cut off it.
     start: Vec<[[f32; 16]; 2]>,
-    /// `[bundle][1 + depth][column]` in f32, the first line being the start.
-    exact: Vec<[f32; BUNDLE]>,
+    /// `[bundle][2 + steps][column]`: `start` (as bits) and `values` once more, for a bundle at a time.
+    bundles: Vec<[i32; BUNDLE]>,
+    /// `[column][pitch]` in f32 from `skip` on, so that columns begin with cache lines; and where their sums start.
+    exact: Vec<f32>,
+    skip: usize,
+    pitch: usize,
+    exact_start: Vec<f32>,
     /// What 1 means in `values`.
     scale: f32,
     /// Rows with no larger component than this share a scale, so that 32 bits hold `start`.
@@ -99,17 +112,18 @@ impl Screen {
         let steps = depth.div_ceil(STEP);
         let mut values = vec![[128u8; 64]; columns / 16 * steps];
         let mut start = vec![[[0.0; 16]; 2]; columns / 16];
-        let mut exact = vec![[0.0; BUNDLE]; columns / BUNDLE * (1 + depth)];
+        let mut bundles = vec![[0; BUNDLE]; columns / BUNDLE * (2 + steps)];
+        let pitch = depth.next_multiple_of(LINE);
+        let mut exact = vec![0.0; columns * pitch + LINE];
+        let skip = exact.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
         let narrow = |value: f64| value as f32;
+        let bits = |value: f32| value.to_bits().cast_signed();
         let (mut length, mut error, mut most_start) = (0.0f64, 0.0f64, 0.0f32);
         for (column, vector) in centroids.chunks_exact(depth).enumerate() {
             let (strip, lane, register) = (column / STRIP, column % STRIP / BUNDLE, column % BUNDLE);
             most_start = most_start.max(starts[column].abs());
-            let bundle = &mut exact[column / BUNDLE * (1 + depth)..];
-            bundle[0][register] = starts[column];
-            for (line, &value) in bundle[1..].iter_mut().zip(vector) {
-                line[register] = value;
-            }
+            let bundle = &mut bundles[column / BUNDLE * (2 + steps)..];
+            exact[skip + column * pitch..][..depth].copy_from_slice(vector);
             let (mut square, mut first, mut cut, mut rest) = (0.0f64, f64::from(starts[column]), 0.0f64, 0.0f64);
             for (k, &value) in vector.iter().enumerate() {
                 let rounded = (value / scale).round();
@@ -120,6 +134,7 @@ impl Screen {
                 rest += (value - f64::from(rounded) * f64::from(scale)).powi(2);
                 first += value * (value - f64::from(kept) * f64::from(scale)) - value.abs() * off;
                 cut += off;
+                bundle[2 + k / STEP][register] |= i32::from(kept as i16 + 128) << (8 * (k % STEP));
                 let at = ((strip * BUNDLE + register) / REGS * steps + k / STEP) * REGS + register % REGS;
                 #[allow(clippy::cast_sign_loss)] // 1 to 255
                 let byte = (kept + 128.0) as u8;
@@ -128,6 +143,7 @@ impl Screen {
             (length, error) = (length.max(square.sqrt()), error.max(rest.sqrt()));
             let place = &mut start[strip * BUNDLE + register];
             (place[0][lane], place[1][lane]) = (narrow(first), narrow(cut));
+            (bundle[0][register], bundle[1][register]) = (bits(narrow(first)), bits(narrow(cut)));
         }
         let least_row = (largest / 16.0).max(most_start / scale * (127.0 / 2e8));
         Some(Self {
@@ -135,7 +151,11 @@ impl Screen {
             steps,
             values,
             start,
+            bundles,
             exact,
+            skip,
+            pitch,
+            exact_start: starts[..columns].to_vec(),
             scale,
             least_row,
             error: narrow(error),
@@ -146,10 +166,31 @@ impl Screen {
 }
 
 impl Screen {
+    /// The 8-bit columns of a bundle.
+    #[inline(always)]
+    fn bundle(&self, bundle: u32) -> &[[i32; BUNDLE]] {
+        &self.bundles[bundle as usize * (2 + self.steps)..][..2 + self.steps]
+    }
+
+    /// A column in f32.
+    #[inline(always)]
+    pub(super) fn column(&self, column: u32) -> &[f32] {
+        &self.exact[self.skip + column as usize * self.pitch..][..self.depth]
+    }
+
     /// Starts loading a bundle that will be needed.
     #[inline(always)]
-    fn prefetch(&self, depth: usize, first: usize) {
-        for line in self.exact[first / BUNDLE * (1 + depth)..][..1 + depth].iter().step_by(2) {
+    fn prefetch_bundle(&self, bundle: u32) {
+        for line in self.bundle(bundle).iter().step_by(2) {
+            // SAFETY: a prefetch reads nothing.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
+        }
+    }
+
+    /// Starts loading a column that will be needed.
+    #[inline(always)]
+    fn prefetch_column(&self, column: u32) {
+        for line in self.column(column).chunks(LINE) {
             // SAFETY: a prefetch reads nothing.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast()) };
         }
@@ -175,6 +216,7 @@ fn scale_for(centroids: &[f32], largest: f32) -> f32 {
 }
 
 /// 8 rows in 8 bits.
+#[derive(Default)]
 struct Group {
     /// `[step][row]`, four signed bytes each.
     bytes: Vec<[i32; ROWS]>,
@@ -256,29 +298,59 @@ impl Group {
     }
 }
 
+/// What the search needs besides its input and output.
+#[derive(Default)]
+struct Scratch {
+    /// `[depth][row]`
+    packed: Vec<[f32; ROWS]>,
+    groups: [Group; GROUPS],
+    /// `[row][strip]`: the largest integer sum of each bundle.
+    maxima: Vec<[i32; 16]>,
+    /// `[row][span]`: the largest of each lane in a span of strips.
+    spans: Vec<[i32; 16]>,
+    keys: Vec<u32>,
+    /// Bundles and columns that could be better than the guess.
+    bundles: Vec<Hit>,
+    columns: Vec<Hit>,
+}
+
+thread_local! {
+    /// Kept between calls: to fill it anew would cost as much as to fill the rows in.
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
 /// See the module. The processor must have the features; rows that are not suitable go to `other`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
 pub(super) fn nearest(screen: &Screen, rows: Rows<'_>, found: &mut [u32], mut other: impl FnMut(Rows<'_>, &mut [u32])) {
+    let mut scratch = SCRATCH.take();
+    search(screen, rows, found, &mut scratch, &mut other);
+    SCRATCH.set(scratch);
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")]
+fn search(
+    screen: &Screen,
+    rows: Rows<'_>,
+    found: &mut [u32],
+    scratch: &mut Scratch,
+    other: &mut impl FnMut(Rows<'_>, &mut [u32]),
+) {
     let depth = screen.depth;
     let strips = screen.start.len() / BUNDLE;
-    let mut packed = vec![[0.0; ROWS]; depth];
-    let mut groups: [Group; GROUPS] = std::array::from_fn(|_| Group {
-        bytes: vec![[0; ROWS]; screen.steps],
-        per_score: 0.0,
-        per_cut: 0.0,
-        offset: [0.0; ROWS],
-        square: [0.0; ROWS],
-        along: [0.0; ROWS],
-        error: [0.0; ROWS],
-        beyond: [0.0; ROWS],
-    });
-    // [row][strip], one more than there are, lest all rows fall on the same cache lines.
-    let mut maxima = vec![[0i32; 16]; GROUPS * ROWS * (strips + 1)];
-    let mut best = [Best { scores: [0.0; BUNDLE], firsts: [0; BUNDLE] }; GROUPS * ROWS];
-    let mut hits: Vec<(usize, usize)> = Vec::new();
+    // One more than there are, lest all rows fall on the same cache lines.
+    let (maxima_pitch, spans_pitch) = (strips + 1, strips.div_ceil(SPAN) + 1);
+    let Scratch { packed, groups, maxima, spans, keys, bundles, columns } = scratch;
+    packed.resize(depth, [0.0; ROWS]);
+    for group in &mut *groups {
+        group.bytes.resize(screen.steps, [0; ROWS]);
+    }
+    grow(maxima, GROUPS * ROWS * maxima_pitch, [0; 16]);
+    grow(spans, GROUPS * ROWS * spans_pitch, [0; 16]);
+    let mut least = [0; GROUPS * ROWS];
     // Rows of about the same size share a scale; those that are not finite come last.
     debug_assert!(found.len() <= BLOCK, "a key holds the number of a row of one block");
-    let mut keys: Vec<u32> = Vec::with_capacity(found.len());
+    keys.clear();
     for i in 0..found.len() {
         let bits = rows.row(i, depth).iter().fold(0, |most, value| value.abs().to_bits().max(most));
         keys.push(bits & !ROW_BITS | i as u32);
@@ -294,44 +366,194 @@ pub(super) fn nearest(screen: &Screen, rows: Rows<'_>, found: &mut [u32], mut ot
     for keys in keys.chunks(GROUPS * ROWS) {
         let count = keys.len().div_ceil(ROWS);
         for (group, keys) in groups.iter_mut().zip(keys.chunks(ROWS)) {
-            group.fill(screen, rows, keys, &mut packed);
+            group.fill(screen, rows, keys, packed);
         }
-        let columns = screen.values.chunks_exact(BUNDLE * screen.steps);
-        for ((strip, columns), start) in columns.enumerate().zip(screen.start.chunks_exact(BUNDLE)) {
-            for (group, maxima) in groups[..count].iter().zip(maxima.chunks_exact_mut(ROWS * (strips + 1))) {
+        let strips_of = screen.values.chunks_exact(BUNDLE * screen.steps);
+        for ((strip, columns), start) in strips_of.enumerate().zip(screen.start.chunks_exact(BUNDLE)) {
+            let lines = maxima.chunks_exact_mut(ROWS * maxima_pitch).zip(spans.chunks_exact_mut(ROWS * spans_pitch));
+            for (group, (maxima, spans)) in groups[..count].iter().zip(lines) {
                 let sums = strip_maxima(group, columns, start);
-                for (sums, maxima) in sums.iter().zip(maxima.chunks_exact_mut(strips + 1)) {
+                let lines = maxima.chunks_exact_mut(maxima_pitch).zip(spans.chunks_exact_mut(spans_pitch));
+                for (sums, (maxima, spans)) in sums.iter().zip(lines) {
                     store_i32(*sums, &mut maxima[strip]);
+                    let span = &mut spans[strip / SPAN];
+                    let before = if strip % SPAN == 0 { *sums } else { load_i32(span) };
+                    store_i32(_mm512_max_epi32(*sums, before), span);
                 }
             }
         }
+        // Group by group, each step on what the step before found for another group, so that it has come when it is
+        // needed.
         let row = |i: usize| rows.row(row_of(keys[i]), depth);
         let n = keys.len();
-        hits.clear();
-        for (i, maxima) in maxima.chunks_exact_mut(strips + 1).enumerate().take(n) {
-            let first = take_guess(&mut maxima[..strips]);
-            screen.prefetch(depth, first);
-            hits.push((i, first));
-        }
-        let mut tops = [0.0; GROUPS * ROWS];
-        for_each_sum(screen, row, &hits, |i, first, sums| {
-            best[i] = Best { scores: *sums, firsts: [first as i32; BUNDLE] };
-            tops[i] = best[i].top();
-        });
-        hits.clear();
-        for (g, (group, tops)) in groups[..count].iter().zip(tops.as_chunks().0).enumerate() {
-            let least = group.least(screen, depth, tops);
-            for i in g * ROWS..n.min((g + 1) * ROWS) {
-                others(&maxima[i * (strips + 1)..][..strips], least[i % ROWS], |first| {
-                    screen.prefetch(depth, first);
-                    hits.push((i, first));
-                });
+        let rows_of = |group: usize| group * ROWS..n.min((group + 1) * ROWS);
+        let mut guesses = [Guess { number: 0, sums: [0; BUNDLE] }; GROUPS * ROWS];
+        let mut best = [Best { score: 0.0, column: 0 }; GROUPS * ROWS];
+        bundles.clear();
+        columns.clear();
+        let (mut opened, mut added) = (0, 0);
+        for step in 0..count + 4 {
+            // 5. The f32 sums of columns that could be better.
+            while columns.len() >= added + CHAINS || (step >= count + 3 && columns.len() > added) {
+                let hits = &columns[added..columns.len().min(added + CHAINS)];
+                let hit = |chain: usize| hits[chain.min(hits.len() - 1)];
+                let sums = column_sums(screen, |chain| (row(hit(chain).row as usize), hit(chain).number));
+                for (hit, &score) in hits.iter().zip(&sums) {
+                    best[hit.row as usize].merge(score, hit.number);
+                }
+                added += hits.len();
+            }
+            // 4. Which columns of the bundles could be better.
+            for &Hit { row, number } in &bundles[opened..] {
+                let i = row as usize;
+                let sums = bundle_sums(screen, &groups[i / ROWS], i % ROWS, number);
+                push_columns(screen, row, number, at_least(&sums, least[i]), columns);
+            }
+            opened = bundles.len();
+            // 3. The f32 sum of the guess, and which bundles could be better.
+            if let Some(g) = step.checked_sub(2).filter(|&g| g < count) {
+                let guess = |chain: usize| (g * ROWS + chain).min(n - 1);
+                let sums = column_sums(screen, |chain| (row(guess(chain)), guesses[guess(chain)].number));
+                least[g * ROWS..][..ROWS].copy_from_slice(&groups[g].least(screen, depth, &sums));
+                for i in rows_of(g) {
+                    let Guess { number, sums: others_of_bundle } = guesses[i];
+                    best[i] = Best { score: sums[i % ROWS], column: number };
+                    let good = at_least(&others_of_bundle, least[i]) & !(1 << (number % BUNDLE as u32));
+                    push_columns(screen, i as u32, number / BUNDLE as u32, good, columns);
+                    let (maxima, spans) = (&maxima[i * maxima_pitch..][..strips], &spans[i * spans_pitch..]);
+                    others(maxima, &spans[..spans_pitch - 1], least[i], |number| {
+                        screen.prefetch_bundle(number);
+                        bundles.push(Hit { row: i as u32, number });
+                    });
+                }
+            }
+            // 2. The best column of the bundle that was guessed.
+            if let Some(g) = step.checked_sub(1).filter(|&g| g < count) {
+                for i in rows_of(g) {
+                    let guess = &mut guesses[i];
+                    guess.sums = bundle_sums(screen, &groups[g], i % ROWS, guess.number);
+                    guess.number = guess.number * BUNDLE as u32 + of_greatest(&guess.sums);
+                    screen.prefetch_column(guess.number);
+                }
+            }
+            // 1. The bundle with the largest integer sum.
+            if step < count {
+                for i in rows_of(step) {
+                    let maxima = &mut maxima[i * maxima_pitch..][..strips];
+                    guesses[i].number = take_guess(maxima, &mut spans[i * spans_pitch..][..spans_pitch - 1]);
+                    screen.prefetch_bundle(guesses[i].number);
+                }
             }
         }
-        for_each_sum(screen, row, &hits, |i, first, sums| best[i].merge(sums, first));
         for i in 0..n {
-            found[row_of(keys[i])] = best[i].column();
+            found[row_of(keys[i])] = best[i].column;
         }
+    }
+}
+
+/// The guess of a row: its bundle, then its column; and the integer sums of the bundle.
+#[derive(Clone, Copy)]
+struct Guess {
+    number: u32,
+    sums: [i32; BUNDLE],
+}
+
+/// The best column so far.
+#[derive(Clone, Copy)]
+struct Best {
+    score: f32,
+    column: u32,
+}
+
+impl Best {
+    /// Takes what is greater, and of equals the lower column.
+    #[inline(always)]
+    fn merge(&mut self, score: f32, column: u32) {
+        if score > self.score || (score == self.score && column < self.column) {
+            *self = Self { score, column };
+        }
+    }
+}
+
+/// Hands on the columns of a bundle whose bits are set.
+#[inline(always)]
+fn push_columns(screen: &Screen, row: u32, bundle: u32, mut good: u8, columns: &mut Vec<Hit>) {
+    while good != 0 {
+        let number = bundle * BUNDLE as u32 + good.trailing_zeros();
+        screen.prefetch_column(number);
+        columns.push(Hit { row, number });
+        good &= good - 1;
+    }
+}
+
+/// The integer sums of the columns of a bundle for one row of a group.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vl,avx512vnni,avx2,fma")]
+fn bundle_sums(screen: &Screen, group: &Group, row: usize, bundle: u32) -> [i32; BUNDLE] {
+    let [start, above, columns @ ..] = screen.bundle(bundle) else { return [0; BUNDLE] };
+    let (start, above) = (_mm256_castsi256_ps(load8_i32(start)), _mm256_castsi256_ps(load8_i32(above)));
+    let upper =
+        _mm256_fmadd_ps(above, _mm256_set1_ps(group.per_cut), _mm256_mul_ps(start, _mm256_set1_ps(group.per_score)));
+    let mut sums = _mm256_cvtps_epi32(upper);
+    for (x, column) in group.bytes.iter().zip(columns) {
+        sums = _mm256_dpbusd_epi32(sums, load8_i32(column), _mm256_set1_epi32(x[row]));
+    }
+    let mut lanes = [0; BUNDLE];
+    store8_i32(sums, &mut lanes);
+    lanes
+}
+
+/// Which of the sums are at least `least`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vl")]
+fn at_least(sums: &[i32; BUNDLE], least: i32) -> u8 {
+    _mm256_cmpge_epi32_mask(load8_i32(sums), _mm256_set1_epi32(least))
+}
+
+/// The first of the greatest.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vl,avx2")]
+fn of_greatest(sums: &[i32; BUNDLE]) -> u32 {
+    let sums = load8_i32(sums);
+    let most = _mm256_max_epi32(sums, _mm256_permute2x128_si256::<1>(sums, sums));
+    let most = _mm256_max_epi32(most, _mm256_shuffle_epi32::<0b01_00_11_10>(most));
+    let most = _mm256_max_epi32(most, _mm256_shuffle_epi32::<0b10_11_00_01>(most));
+    _mm256_cmpeq_epi32_mask(sums, most).trailing_zeros() % BUNDLE as u32
+}
+
+/// The f32 sums of some columns, each with its row. Several at once, because each is a chain of dependent steps.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
+fn column_sums<'a>(screen: &Screen, hit: impl Fn(usize) -> (&'a [f32], u32)) -> [f32; CHAINS] {
+    let (mut rows, mut columns, mut sums) = ([&[][..]; CHAINS], [&screen.exact[..]; CHAINS], [0.0; CHAINS]);
+    for i in 0..CHAINS {
+        let (row, column) = hit(i);
+        (rows[i], columns[i], sums[i]) =
+            (&row[..screen.depth], screen.column(column), screen.exact_start[column as usize]);
+    }
+    for k in 0..screen.depth {
+        for i in 0..CHAINS {
+            // SAFETY: the row was cut to the depth, which is more than `k`.
+            let x = unsafe { *rows[i].get_unchecked(k) };
+            // SAFETY: a column has the depth, which is more than `k`.
+            let c = unsafe { *columns[i].get_unchecked(k) };
+            sums[i] = x.mul_add(c, sums[i]);
+        }
+    }
+    sums
+}
+
+/// A bundle or a column that a row must look at.
+#[derive(Clone, Copy)]
+struct Hit {
+    row: u32,
+    number: u32,
+}
+
+/// Makes `buffer` at least `len` long.
+fn grow<T: Copy>(buffer: &mut Vec<T>, len: usize, value: T) {
+    if buffer.len() < len {
+        buffer.resize(len, value);
     }
 }
 
@@ -393,13 +615,6 @@ fn load16(lanes: &[f32; 16]) -> __m512 {
 
 #[inline]
 #[target_feature(enable = "avx")]
-fn store8(register: __m256, lanes: &mut [f32; 8]) {
-    // SAFETY: the array is 8 writable floats; the store needs no alignment.
-    unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), register) }
-}
-
-#[inline]
-#[target_feature(enable = "avx")]
 fn load8_i32(lanes: &[i32; 8]) -> __m256i {
     // SAFETY: the array is 32 readable bytes; the load needs no alignment.
     unsafe { _mm256_loadu_si256(lanes.as_ptr().cast()) }
@@ -412,145 +627,55 @@ fn store8_i32(register: __m256i, lanes: &mut [i32; 8]) {
     unsafe { _mm256_storeu_si256(lanes.as_mut_ptr().cast(), register) }
 }
 
-#[inline]
-#[target_feature(enable = "avx")]
-fn load8(lanes: &[f32; 8]) -> __m256 {
-    // SAFETY: the array is 8 readable floats; the load needs no alignment.
-    unsafe { _mm256_loadu_ps(lanes.as_ptr()) }
-}
-
-/// The best sum of each lane and the first column of the bundle that it came from.
-#[derive(Clone, Copy)]
-struct Best {
-    scores: [f32; BUNDLE],
-    firsts: [i32; BUNDLE],
-}
-
-impl Best {
-    /// Takes what is greater, and of equals the lower column.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512vl")]
-    fn merge(&mut self, sums: &[f32; BUNDLE], first: usize) {
-        let (sums, scores) = (load8(sums), load8(&self.scores));
-        let (first, firsts) = (_mm256_set1_epi32(first as i32), load8_i32(&self.firsts));
-        let equal = _mm256_cmp_ps_mask::<_CMP_EQ_OQ>(sums, scores);
-        let better =
-            _mm256_cmp_ps_mask::<_CMP_GT_OQ>(sums, scores) | _mm256_mask_cmplt_epi32_mask(equal, first, firsts);
-        store8(_mm256_mask_mov_ps(scores, better, sums), &mut self.scores);
-        store8_i32(_mm256_mask_mov_epi32(firsts, better, first), &mut self.firsts);
-    }
-
-    /// The largest sum.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512vl")]
-    fn top(&self) -> f32 {
-        let s = load8(&self.scores);
-        let s = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps::<1>(s));
-        let s = _mm_max_ps(s, _mm_movehl_ps(s, s));
-        _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)))
-    }
-
-    /// The best column; of equals the lowest.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512vl")]
-    fn column(&self) -> u32 {
-        let mut lanes = _mm256_cmp_ps_mask::<_CMP_EQ_OQ>(load8(&self.scores), _mm256_set1_ps(self.top()));
-        let mut column = u32::MAX;
-        while lanes != 0 {
-            let lane = lanes.trailing_zeros();
-            column = column.min(self.firsts[lane as usize % BUNDLE] as u32 + lane);
-            lanes &= lanes - 1;
-        }
-        column
-    }
-}
-
-/// The f32 sums of some bundles, each with its row. Several at once, because each is a chain of dependent steps.
-#[inline]
-#[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
-fn bundle_sums(screen: &Screen, rows: [&[f32]; CHAINS], firsts: [usize; CHAINS]) -> [[f32; BUNDLE]; CHAINS] {
-    let depth = rows[0].len();
-    let mut lines = [&screen.exact[..]; CHAINS];
-    let mut sums = [_mm256_set1_ps(0.0); CHAINS];
-    for (i, lines) in lines.iter_mut().enumerate() {
-        let (start, rest) = lines[firsts[i] / BUNDLE * (1 + depth)..][..1 + depth].split_at(1);
-        sums[i] = load8(&start[0]);
-        *lines = rest;
-    }
-    let rows = rows.map(|row| &row[..depth]);
-    let lines = lines.map(|lines| &lines[..depth]);
-    for k in 0..depth {
-        for i in 0..CHAINS {
-            sums[i] = _mm256_fmadd_ps(_mm256_set1_ps(rows[i][k]), load8(&lines[i][k]), sums[i]);
-        }
-    }
-    let mut lanes = [[0.0; BUNDLE]; CHAINS];
-    for i in 0..CHAINS {
-        store8(sums[i], &mut lanes[i]);
-    }
-    lanes
-}
-
-/// Hands on the f32 sums of each row and bundle of `hits`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512vl,avx2,fma")]
-fn for_each_sum<'a>(
-    screen: &Screen,
-    row: impl Fn(usize) -> &'a [f32],
-    hits: &[(usize, usize)],
-    mut take: impl FnMut(usize, usize, &[f32; BUNDLE]),
-) {
-    for hits in hits.chunks(CHAINS) {
-        let hit = |chain: usize| hits[chain.min(hits.len() - 1)];
-        let sums = bundle_sums(
-            screen,
-            std::array::from_fn(|chain| row(hit(chain).0)),
-            std::array::from_fn(|chain| hit(chain).1),
-        );
-        for (&(i, first), sums) in hits.iter().zip(&sums) {
-            take(i, first, sums);
-        }
-    }
-}
-
-/// The first column of the bundle with the largest integer sum, which is then taken out.
+/// The bundle with the largest integer sum, which is then taken out.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn take_guess(maxima: &mut [[i32; 16]]) -> usize {
+fn take_guess(maxima: &mut [[i32; 16]], spans: &mut [[i32; 16]]) -> u32 {
     let (mut best, mut of) = (_mm512_set1_epi32(i32::MIN), _mm512_set1_epi32(0));
-    for (strip, maxima) in maxima.iter().enumerate() {
-        let sums = load_i32(maxima);
-        of = _mm512_mask_mov_epi32(of, _mm512_cmpgt_epi32_mask(sums, best), _mm512_set1_epi32(strip as i32));
+    for (span, sums) in spans.iter().enumerate() {
+        let sums = load_i32(sums);
+        of = _mm512_mask_mov_epi32(of, _mm512_cmpgt_epi32_mask(sums, best), _mm512_set1_epi32(span as i32));
         best = _mm512_max_epi32(best, sums);
     }
-    let top = _mm512_set1_epi32(_mm512_reduce_max_epi32(best));
-    let lane = _mm512_cmpeq_epi32_mask(best, top).trailing_zeros() as usize % 16;
-    let mut strips = [0i32; 16];
-    store_i32(of, &mut strips);
-    let strip = strips[lane] as usize;
-    maxima[strip][lane] = i32::MIN;
-    strip * STRIP + lane * BUNDLE
+    let top = _mm512_reduce_max_epi32(best);
+    let lane = _mm512_cmpeq_epi32_mask(best, _mm512_set1_epi32(top)).trailing_zeros() as usize % 16;
+    let mut places = [0i32; 16];
+    store_i32(of, &mut places);
+    let span = places[lane] as usize;
+    // Of the strips of the span the last with this sum.
+    let (mut strip, mut rest) = (0, i32::MIN);
+    let strips = &mut maxima[span * SPAN..];
+    for (number, sums) in strips.iter().enumerate().take(SPAN) {
+        let sum = sums[lane];
+        strip = if sum == top { number } else { strip };
+    }
+    strips[strip][lane] = i32::MIN;
+    for sums in strips.iter().take(SPAN) {
+        rest = rest.max(sums[lane]);
+    }
+    spans[span][lane] = rest;
+    ((span * SPAN + strip) * 16 + lane) as u32
 }
 
-/// Hands on the first column of each bundle whose integer sum is at least `least`.
+/// Hands on each bundle whose integer sum is at least `least`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn others(maxima: &[[i32; 16]], least: i32, mut take: impl FnMut(usize)) {
-    let least = _mm512_set1_epi32(least);
-    for (four, maxima) in maxima.chunks(4).enumerate() {
-        let mut most = load_i32(&maxima[0]);
-        for maxima in &maxima[1..] {
-            most = _mm512_max_epi32(most, load_i32(maxima));
+fn others(maxima: &[[i32; 16]], spans: &[[i32; 16]], least: i32, mut take: impl FnMut(u32)) {
+    let bound = _mm512_set1_epi32(least);
+    for (four, spans) in spans.chunks(4).enumerate() {
+        let mut bits = 0u64;
+        for (span, sums) in spans.iter().enumerate() {
+            bits |= u64::from(_mm512_cmpge_epi32_mask(load_i32(sums), bound)) << (16 * span);
         }
-        if _mm512_cmpge_epi32_mask(most, least) == 0 {
-            continue;
-        }
-        for (strip, maxima) in maxima.iter().enumerate() {
-            let mut lanes = _mm512_cmpge_epi32_mask(load_i32(maxima), least);
-            while lanes != 0 {
-                take((four * 4 + strip) * STRIP + lanes.trailing_zeros() as usize * BUNDLE);
-                lanes &= lanes - 1;
+        while bits != 0 {
+            let bit = bits.trailing_zeros() as usize;
+            let (span, lane) = (four * 4 + bit / 16, bit % 16);
+            for (strip, sums) in maxima[span * SPAN..].iter().enumerate().take(SPAN) {
+                if sums[lane] >= least {
+                    take(((span * SPAN + strip) * 16 + lane) as u32);
+                }
             }
+            bits &= bits - 1;
         }
     }
 }
@@ -559,24 +684,33 @@ fn others(maxima: &[[i32; 16]], least: i32, mut take: impl FnMut(usize)) {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::kernel::{Level, Table, nearest};
+    use super::super::kernel::{self, Level, Table};
     use super::super::testing::floats;
     use super::*;
 
     /// What both ways find, and what each row gives alone.
     fn agree(centroids: &[f32], depth: usize, rows: &[f32]) {
         let table = Table::codebook(centroids, depth);
-        let find = |level, data: &[f32]| {
+        let square = |c: &[f32]| c.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>();
+        let starts: Vec<f32> = centroids.chunks_exact(depth).map(|c| (-0.5 * square(c)) as f32).collect();
+        let screen = Screen::new(centroids, depth, &starts);
+        let tiles = |rows: Rows<'_>, found: &mut [u32]| kernel::nearest(Level::Avx512, &table, rows, found);
+        let find = |screen: Option<&Screen>, data: &[f32]| {
             let mut found = vec![u32::MAX; data.len() / depth];
             for (data, found) in data.chunks(BLOCK * depth).zip(found.chunks_mut(BLOCK)) {
-                nearest(level, &table, Rows { data, stride: depth, offset: 0 }, found);
+                let rows = Rows { data, stride: depth, offset: 0 };
+                match screen {
+                    // SAFETY: the tests ask whether the processor has the features.
+                    Some(screen) => unsafe { nearest(screen, rows, found, tiles) },
+                    None => tiles(rows, found),
+                }
             }
             found
         };
-        let expected = find(Level::Avx512, rows);
-        assert_eq!(find(Level::Avx512Vnni, rows), expected);
+        let expected = find(None, rows);
+        assert_eq!(find(screen.as_ref(), rows), expected);
         for (row, expected) in rows.chunks(depth).zip(expected) {
-            assert_eq!(find(Level::Avx512Vnni, row), [expected]);
+            assert_eq!(find(screen.as_ref(), row), [expected]);
         }
     }
 
@@ -591,7 +725,7 @@ mod tests {
         #[test]
         fn the_f32_kernel_decides(
             depth in 1usize..70,
-            strips in 1usize..5,
+            strips in 1usize..11,
             n in 1usize..150,
             seed in any::<u64>(),
             (size, spread) in (-4i32..5, 0i32..4),

@@ -10,7 +10,7 @@
 
 use rayon::prelude::*;
 
-use super::encode::{LevelTables, Rotator, subtract};
+use super::encode::{LevelTables, Rotator};
 use super::factory::{CodecSpec, FactorySpec, OpqSpec, SplitSpec};
 use super::file::{Codebooks, CodecParts, Rotation};
 use super::kernel::{BLOCK, Level, Rows};
@@ -170,7 +170,7 @@ fn residuals(level1: &Codebooks, vectors: &[f32]) -> Vec<f32> {
     let mut rest = vectors.to_vec();
     rest.par_chunks_mut(BLOCK * level1.dim).for_each(|rows| {
         let found = tables.assign(level1, rows);
-        subtract(level1, &found, rows);
+        tables.subtract(level1, &found, rows);
     });
     rest
 }

@@ -7,11 +7,6 @@
 use super::lanes::{LANES, Lanes, Pass, widest};
 use super::product::{Line, TILE};
 
-/// `x += y`: the residual connection.
-pub fn add(x: &mut [f32], y: &[f32]) {
-    x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
-}
-
 /// `x = (x - mean) / sqrt(variance + eps) * gamma + beta` for each row of `gamma.len()` values, after `add` was added
 /// to `x`, where there is one.
 pub fn layer_norm(x: &mut [f32], add: Option<&[f32]>, gamma: &[f32], beta: &[f32], eps: f32) {
@@ -53,6 +48,16 @@ fn put<L: Lanes>(lanes: L, x: &mut [f32], place: usize) {
     rest.copy_from_slice(&values[..rest.len()]);
 }
 
+/// `x += y`.
+#[inline(always)]
+fn add_row<L: Lanes>(x: &mut [f32], y: &[f32]) {
+    let ((blocks, rest), (y, y_rest)) = (x.as_chunks_mut(), y.as_chunks());
+    for (x, y) in blocks.iter_mut().zip(y) {
+        L::load(x).add(L::load(y)).store(x);
+    }
+    rest.iter_mut().zip(y_rest).for_each(|(x, y)| *x += y);
+}
+
 /// One over a width.
 #[allow(clippy::cast_precision_loss)] // widths are far below 2^24
 fn share_of(width: usize) -> f32 {
@@ -73,31 +78,32 @@ impl Pass for LayerNorm<'_> {
     #[inline(always)]
     fn run<L: Lanes>(self) {
         let width = self.gamma.len();
-        let (share, zero) = (share_of(width), L::splat(0.0));
+        let share = share_of(width);
         for (index, row) in self.x.chunks_exact_mut(width).enumerate() {
-            let add = self.add.map(|add| &add[index * width..][..width]);
-            let mut sum = zero;
-            for place in (0..width).step_by(LANES) {
-                let mut x: L = at(row, place);
-                if let Some(add) = add {
-                    x = x.add(at(add, place));
-                    put(x, row, place);
-                }
-                sum = sum.add(x);
+            if let Some(add) = self.add {
+                add_row::<L>(row, &add[index * width..][..width]);
             }
-            let mean = sum.sum() * share;
-            let mut squares = zero;
             let (blocks, rest) = row.as_chunks();
+            let mut sum = L::splat(0.0);
+            for block in blocks {
+                sum = sum.add(L::load(block));
+            }
+            let mean = rest.iter().fold(sum.sum(), |sum, x| sum + x) * share;
+            let mut squares = L::splat(0.0);
             for block in blocks {
                 let x = L::load(block).sub(L::splat(mean));
                 squares = squares.add(x.mul(x));
             }
-            // The zeros behind the last would count here.
             let variance = rest.iter().fold(squares.sum(), |sum, x| sum + (x - mean) * (x - mean)) * share;
-            let scale = L::splat(1.0 / (variance + self.eps).sqrt());
-            for place in (0..width).step_by(LANES) {
-                let x = at::<L>(row, place).sub(L::splat(mean)).mul(scale);
-                put(x.mul(at(self.gamma, place)).add(at(self.beta, place)), row, place);
+            let scale = 1.0 / (variance + self.eps).sqrt();
+            let ((blocks, rest), (gamma, gamma_rest)) = (row.as_chunks_mut(), self.gamma.as_chunks());
+            let (beta, beta_rest) = self.beta.as_chunks();
+            for ((block, gamma), beta) in blocks.iter_mut().zip(gamma).zip(beta) {
+                let x = L::load(block).sub(L::splat(mean)).mul(L::splat(scale));
+                x.mul(L::load(gamma)).add(L::load(beta)).store(block);
+            }
+            for ((x, gamma), beta) in rest.iter_mut().zip(gamma_rest).zip(beta_rest) {
+                *x = (*x - mean) * scale * gamma + beta;
             }
         }
     }
@@ -120,19 +126,23 @@ impl Pass for RmsNorm<'_> {
         let share = share_of(width);
         let outs = self.out.chunks_exact_mut(width);
         for (index, (row, out)) in self.x.chunks_exact_mut(width).zip(outs).enumerate() {
+            if let Some(add) = self.add {
+                add_row::<L>(row, &add[index * width..][..width]);
+            }
+            let (blocks, rest) = row.as_chunks();
             let mut squares = L::splat(0.0);
-            let add = self.add.map(|add| &add[index * width..][..width]);
-            for place in (0..width).step_by(LANES) {
-                let mut x: L = at(row, place);
-                if let Some(add) = add {
-                    x = x.add(at(add, place));
-                    put(x, row, place);
-                }
+            for block in blocks {
+                let x = L::load(block);
                 squares = squares.add(x.mul(x));
             }
-            let scale = L::splat(1.0 / (squares.sum() * share + self.eps).sqrt());
-            for place in (0..width).step_by(LANES) {
-                put(at::<L>(row, place).mul(scale).mul(at(self.gamma, place)), out, place);
+            let squares = rest.iter().fold(squares.sum(), |sum, x| sum + x * x);
+            let scale = 1.0 / (squares * share + self.eps).sqrt();
+            let ((gamma, gamma_rest), (out, out_rest)) = (self.gamma.as_chunks(), out.as_chunks_mut());
+            for ((out, x), gamma) in out.iter_mut().zip(blocks).zip(gamma) {
+                L::load(x).mul(L::splat(scale)).mul(L::load(gamma)).store(out);
+            }
+            for ((out, x), gamma) in out_rest.iter_mut().zip(rest).zip(gamma_rest) {
+                *out = x * scale * gamma;
             }
         }
     }

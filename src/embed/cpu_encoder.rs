@@ -91,12 +91,7 @@ impl CpuEncoder {
     ) -> Result<Self, EmbedError> {
         let dim = config.hidden_size;
         let word_embeddings = weights.take("embeddings.word_embeddings.weight", &[config.vocab_size, dim])?;
-        let positions = config.max_position_embeddings;
-        let mut position_embeddings = weights.take("embeddings.position_embeddings.weight", &[positions, dim])?;
-        let types = weights.take("embeddings.token_type_embeddings.weight", &[config.type_vocab_size, dim])?;
-        for row in position_embeddings.chunks_exact_mut(dim) {
-            row.iter_mut().zip(&types).for_each(|(x, kind)| *x += kind);
-        }
+        let position_embeddings = weights.take_positions(config)?;
         let norm = take_norm(weights, "embeddings.LayerNorm", dim)?;
         let layers = (0..config.num_hidden_layers)
             .map(|index| Layer::load(weights, index, config, format))
@@ -191,15 +186,7 @@ impl Layer {
         let (dim, inner) = (config.hidden_size, config.intermediate_size);
         let name = |rest: &str| format!("encoder.layer.{index}.{rest}");
 
-        #[allow(clippy::cast_precision_loss)] // head sizes are far below 2^24
-        let scale = 1.0 / ((dim / config.num_attention_heads) as f32).sqrt();
-        let (mut rows, mut bias) = (Vec::with_capacity(3 * dim * dim), Vec::with_capacity(3 * dim));
-        for (projection, scale) in [("query", scale), ("key", 1.0), ("value", 1.0)] {
-            let stored = weights.take(&name(&format!("attention.self.{projection}.weight")), &[dim, dim])?;
-            rows.extend(stored.into_iter().map(|value| value * scale));
-            let stored = weights.take(&name(&format!("attention.self.{projection}.bias")), &[dim])?;
-            bias.extend(stored.into_iter().map(|value| value * scale));
-        }
+        let (rows, bias) = weights.take_query_key_value(index, config)?;
         let mut linear = |rest: &str, inputs: usize, outputs: usize| -> Result<_, EmbedError> {
             let stored = weights.take(&name(&format!("{rest}.weight")), &[outputs, inputs])?;
             let bias = weights.take(&name(&format!("{rest}.bias")), &[outputs])?;

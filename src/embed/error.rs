@@ -125,8 +125,10 @@ pub enum EmbedError {
         source: tokenizers::Error,
     },
     /// A model that no kernels for GPUs are there for.
-    #[error("heads of {head_dim}, rows of {dim} and {inner} numbers: on a GPU heads are at most 64 wide, and rows multiples \
-             of 8; use --device cpu")]
+    #[error(
+        "heads of {head_dim}, rows of {dim} and {inner} numbers: on a GPU heads are at most 64 wide, and rows multiples \
+             of 8; use --device cpu"
+    )]
     Shape {
         /// Width of a head.
         head_dim: usize,

@@ -163,7 +163,7 @@ impl Room {
     fn new(gpu: &Gpu, shape: EncoderShape, inner: usize, tokens: usize) -> Result<Self, EmbedError> {
         let (dim, width) = (shape.dim(), shape.width());
         let workspace = Product::workspace(gpu)?;
-        let product = |n, k, into| Product::new(&workspace, [n, k], tokens, shape.bf16, into);
+        let product = |n, k, into| Product::new(gpu, &workspace, [n, k], tokens, shape.bf16, into);
         Ok(Self {
             batch: TextBatch::new(gpu, BATCH_TEXTS, tokens)?,
             tokens,
@@ -198,12 +198,7 @@ impl Encoder {
         let words = weights.take("embeddings.word_embeddings.weight", &[config.vocab_size, dim])?;
         let word_embeddings = gpu.upload(&words)?;
         drop(words);
-        let positions = config.max_position_embeddings;
-        let mut position_embeddings = weights.take("embeddings.position_embeddings.weight", &[positions, dim])?;
-        let types = weights.take("embeddings.token_type_embeddings.weight", &[config.type_vocab_size, dim])?;
-        for row in position_embeddings.chunks_exact_mut(dim) {
-            row.iter_mut().zip(&types).for_each(|(x, kind)| *x += kind);
-        }
+        let position_embeddings = weights.take_positions(config)?;
         #[allow(clippy::cast_possible_truncation)] // the arithmetic is f32
         let eps = config.layer_norm_eps as f32;
         let mut loader = Loader { gpu, weights, bf16: shape.bf16, dim, eps };
@@ -257,15 +252,7 @@ impl Loader<'_> {
     fn layer(&mut self, index: usize, config: &EncoderConfig) -> Result<Layer, EmbedError> {
         let (dim, inner) = (self.dim, config.intermediate_size);
         let name = |rest: &str| format!("encoder.layer.{index}.{rest}");
-        #[allow(clippy::cast_precision_loss)] // head sizes are far below 2^24
-        let scale = 1.0 / ((dim / config.num_attention_heads) as f32).sqrt();
-        let (mut rows, mut bias) = (Vec::with_capacity(3 * dim * dim), Vec::with_capacity(3 * dim));
-        for (projection, scale) in [("query", scale), ("key", 1.0), ("value", 1.0)] {
-            let stored = self.weights.take(&name(&format!("attention.self.{projection}.weight")), &[dim, dim])?;
-            rows.extend(stored.into_iter().map(|value| value * scale));
-            let stored = self.weights.take(&name(&format!("attention.self.{projection}.bias")), &[dim])?;
-            bias.extend(stored.into_iter().map(|value| value * scale));
-        }
+        let (rows, bias) = self.weights.take_query_key_value(index, config)?;
         let query_key_value = self.linear(&rows, &bias)?;
         // Norms are read behind all matrices of a layer.
         let attention_output = self.stored(&name("attention.output.dense"), dim, dim)?;

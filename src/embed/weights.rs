@@ -14,6 +14,7 @@ use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 use serde::Deserialize;
 
+use super::config::EncoderConfig;
 use super::error::EmbedError;
 
 /// Headers beyond this are damage, not models.
@@ -97,6 +98,42 @@ impl Weights {
         });
         hash_floats(&mut self.hasher, &values);
         Ok(values)
+    }
+
+    /// `[position][dim]`: the embeddings of positions with that of token type 0 added, which all tokens of a single text have.
+    ///
+    /// # Errors
+    /// As [`Weights::take`].
+    pub(super) fn take_positions(&mut self, config: &EncoderConfig) -> Result<Vec<f32>, EmbedError> {
+        let (dim, positions) = (config.hidden_size, config.max_position_embeddings);
+        let mut embeddings = self.take("embeddings.position_embeddings.weight", &[positions, dim])?;
+        let types = self.take("embeddings.token_type_embeddings.weight", &[config.type_vocab_size, dim])?;
+        for row in embeddings.chunks_exact_mut(dim) {
+            row.iter_mut().zip(&types).for_each(|(x, kind)| *x += kind);
+        }
+        Ok(embeddings)
+    }
+
+    /// Query (divided by the square root of the head size), key and value of a layer as one matrix, `[3 * dim][dim]`, and its
+    /// bias.
+    ///
+    /// # Errors
+    /// As [`Weights::take`].
+    pub(super) fn take_query_key_value(
+        &mut self,
+        layer: usize,
+        config: &EncoderConfig,
+    ) -> Result<(Vec<f32>, Vec<f32>), EmbedError> {
+        let dim = config.hidden_size;
+        #[allow(clippy::cast_precision_loss)] // head sizes are far below 2^24
+        let scale = 1.0 / ((dim / config.num_attention_heads) as f32).sqrt();
+        let (mut rows, mut bias) = (Vec::with_capacity(3 * dim * dim), Vec::with_capacity(3 * dim));
+        for (projection, scale) in [("query", scale), ("key", 1.0), ("value", 1.0)] {
+            let name = |part: &str| format!("encoder.layer.{layer}.attention.self.{projection}.{part}");
+            rows.extend(self.take(&name("weight"), &[dim, dim])?.into_iter().map(|value| value * scale));
+            bias.extend(self.take(&name("bias"), &[dim])?.into_iter().map(|value| value * scale));
+        }
+        Ok((rows, bias))
     }
 
     /// BLAKE3 (hexadecimal) of everything that was taken, in the order of taking.

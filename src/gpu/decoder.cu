@@ -7,32 +7,13 @@
 // No header is needed. Rows of all chunks stand one behind the other; chunk c has rows starts[c] .. starts[c + 1].
 // Sums are taken in a fixed order that depends on the chunk alone.
 
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned char u8;
-
-#if BF16
-typedef u16 T;
-#else
-typedef float T;
-#endif
-
 #define HALF (D / 2)
-#define MINUS_INFINITY __int_as_float(0xff800000)
 
-__device__ __forceinline__ float up(u16 x) { return __uint_as_float((u32)x << 16); }
-__device__ __forceinline__ float up(float x) { return x; }
 __device__ __forceinline__ u32 pack(float low, float high) {
     u32 both;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
 }
-__device__ __forceinline__ void put(u16* to, float x) {
-    u16 bits;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-    *to = bits;
-}
-__device__ __forceinline__ void put(float* to, float x) { *to = x; }
 __device__ __forceinline__ float low(u32 both) { return __uint_as_float(both << 16); }
 __device__ __forceinline__ float high(u32 both) { return __uint_as_float(both & 0xffff0000u); }
 __device__ __forceinline__ bool finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
@@ -152,7 +133,7 @@ __device__ __forceinline__ void load_queries(u32 a[D / 8][2], const u16* q, int 
 extern "C" __global__ void __launch_bounds__(256) attend(
     T* out, const T* qkv, const int* starts, const float* cos, const float* sin,
     const T* prefix_k, const T* prefix_v, int r, int heads, int kv_heads, float scale) {
-    extern __shared__ u16 shared[];
+    extern __shared__ __align__(16) u16 shared[];
     u16* keys = shared;                     // [key][K_STRIDE]
     u16* values = shared + KEYS * K_STRIDE; // [dim][V_STRIDE]
     int chunk = blockIdx.x, head = blockIdx.y, kv_head = head / (heads / kv_heads);
@@ -282,7 +263,7 @@ extern "C" __global__ void __launch_bounds__(256) attend(
 extern "C" __global__ void __launch_bounds__(256) attend(
     T* out, const T* qkv, const int* starts, const float* cos, const float* sin,
     const T* prefix_k, const T* prefix_v, int r, int heads, int kv_heads, float scale) {
-    extern __shared__ float room[]; // keys [KEYS][D + 1], a query and a row of weights for each warp
+    extern __shared__ __align__(16) float room[]; // keys [KEYS][D + 1], a query and a row of weights for each warp
     int chunk = blockIdx.x, head = blockIdx.y, kv_head = head / (heads / kv_heads);
     int first = starts[chunk], rows = starts[chunk + 1] - first, stride = (heads + 2 * kv_heads) * D, total = r + rows;
     const float* chunk_qkv = qkv + (size_t)first * stride;
@@ -343,7 +324,7 @@ extern "C" __global__ void __launch_bounds__(256) attend(
 }
 #endif
 
-// 128 queries of one head against all keys of the chunk, before RoPE, no mask: s[n] holds the logits, times log2(e), of
+// 16 queries of one head against all keys of the chunk, before RoPE, no mask: s[n] holds the logits, times log2(e), of
 // columns 8 n + 2 t, + 1 of rows g and g + 8. Columns and rows from `tokens` on are minus infinity.
 #if BF16
 __device__ __forceinline__ void logits(float s[16][4], const u16* q, const u16* keys, int stride, int row, int tokens, float scale) {
@@ -392,11 +373,11 @@ __device__ __forceinline__ void logits(float s[16][4], const float* q, const flo
 
 // Selection weights of a layer, the greatest of them, and their tokens. Grid: chunk, kv_head. 256 threads.
 // selected: [chunk][heads of all layers][slots], this layer's heads from `place` on, ascending, zero behind the last.
-// damaged[chunk]: at most this layer's number if a weight is not finite. EXP 1: sum of exp(logit - greatest); 0: softmax of each query.
+// damaged[chunk]: at most this layer's place among the memory layers if a weight is not finite. exp_score: sums of exp(logit - greatest); otherwise of the softmax of each query.
 extern "C" __global__ void __launch_bounds__(256) choose(
     u8* selected, int* damaged, const T* qkv, const int* starts,
     int heads, int kv_heads, int place, int all_heads, int slots, float scale, int exp_score) {
-    extern __shared__ T key_room[];    // [128][K_STRIDE]
+    extern __shared__ __align__(16) T key_room[]; // [128][K_STRIDE]
     __shared__ float columns[8][128];
     __shared__ float shared_most;
     int chunk = blockIdx.x, kv_head = blockIdx.y, group = heads / kv_heads;
@@ -543,7 +524,8 @@ extern "C" __global__ void gather(
         int slot = i / HALF, pair = i % HALF;
         float a = 0, b = 0, x = 0, y = 0;
         if (slot < tokens) {
-            int token = all ? slot : selected[((size_t)chunk * all_heads + place + kv_head) * slots + slot];
+            // Bounded, so that bytes of anything cannot lead out of the chunk.
+            int token = all ? slot : min(tokens - 1, (int)selected[((size_t)chunk * all_heads + place + kv_head) * slots + slot]);
             const T* key = chunk_qkv + (size_t)token * stride + (heads + kv_head) * D + pair;
             const T* value = key + kv_heads * D;
             float c = cos[token * HALF + pair], s = sin[token * HALF + pair];

@@ -3,13 +3,11 @@
 //! A batch is the rows of its chunks one behind the other, without padding. Shapes are those written in `decoder.cu`;
 //! `T` is bf16 or f32.
 
-use std::sync::Arc;
+use cudarc::driver::CudaFunction;
 
-use cudarc::driver::{CudaFunction, CudaModule};
+use super::device::{Gpu, GpuError, GpuMemory, Launch, starts};
 
-use super::device::{Gpu, GpuError, GpuMemory, Launch};
-
-const SOURCE: &str = include_str!("decoder.cu");
+const SOURCE: &str = concat!(include_str!("common.cu"), include_str!("decoder.cu"));
 /// Tokens of a chunk at most, in the kernels.
 const CHUNK_TOKENS: usize = 128;
 const THREADS: u32 = 256;
@@ -32,7 +30,8 @@ pub struct DecoderShape {
 impl DecoderShape {
     /// Whether there are kernels for this shape.
     pub fn is_supported(&self) -> bool {
-        self.head_dim.is_multiple_of(16) && (16..=128).contains(&self.head_dim) && self.prefix <= 128
+        let groups = self.kv_heads > 0 && self.heads.is_multiple_of(self.kv_heads);
+        groups && self.head_dim.is_multiple_of(16) && (16..=128).contains(&self.head_dim) && self.prefix <= 128
     }
 
     /// Bytes of a number.
@@ -71,7 +70,6 @@ pub struct DecoderKernels {
     attend: CudaFunction,
     choose: CudaFunction,
     gather: CudaFunction,
-    _module: Arc<CudaModule>,
 }
 
 /// Cosines and sines, `[position][head_dim / 2]` in f32, from the position of a chunk's first token on.
@@ -122,11 +120,9 @@ impl Batch {
     pub fn fill(&mut self, gpu: &Gpu, chunks: &[&[u32]]) -> Result<(), GpuError> {
         assert!(chunks.len() <= self.room_chunks, "{} chunks in a batch of {}", chunks.len(), self.room_chunks);
         assert!(chunks.iter().all(|chunk| (1..=CHUNK_TOKENS).contains(&chunk.len())), "chunks of 1 to 128 tokens");
-        let mut starts = vec![0_u32];
-        for chunk in chunks {
-            let tokens = u32::try_from(chunk.len()).unwrap_or(u32::MAX);
-            starts.push(starts[starts.len() - 1] + tokens);
-        }
+        // What is there is not what was, should copying fail.
+        (self.chunks, self.rows) = (0, 0);
+        let starts = starts(chunks.iter().map(|chunk| chunk.len()));
         let tokens: Vec<u32> = chunks.concat();
         gpu.write(&mut self.starts, &starts)?;
         gpu.write(&mut self.tokens, &tokens)?;
@@ -152,12 +148,13 @@ impl Batch {
         Ok(damaged.iter().enumerate().find_map(|(chunk, found)| Some((chunk, place(found)?))))
     }
 
-    pub(super) fn chunks(&self) -> usize {
+    /// Chunks that were taken last.
+    pub fn chunks(&self) -> usize {
         self.chunks
     }
 
-    pub(super) fn starts(&self) -> u64 {
-        self.starts.room_for((self.chunks + 1) * 4)
+    pub(super) fn starts(&self, gpu: &Gpu) -> u64 {
+        self.starts.room_for(gpu, (self.chunks + 1) * 4)
     }
 }
 
@@ -170,6 +167,12 @@ pub struct MemoryLayer {
     pub layers: usize,
     /// Tokens kept per key-value head, at most 128.
     pub slots: usize,
+}
+
+impl MemoryLayer {
+    fn check(self) {
+        assert!(self.place < self.layers && self.slots <= CHUNK_TOKENS, "{self:?}");
+    }
 }
 
 impl DecoderKernels {
@@ -204,7 +207,6 @@ impl DecoderKernels {
             attend: gpu.kernel(&module, "attend", attend_bytes)?,
             choose: gpu.kernel(&module, "choose", choose_bytes)?,
             gather: kernel("gather")?,
-            _module: Arc::clone(&module),
         })
     }
 
@@ -225,9 +227,9 @@ impl DecoderKernels {
         width: usize,
     ) -> Result<(), GpuError> {
         let mut args = [
-            x.room_for(batch.rows * width * 4).into(),
-            table.room_for((batch.greatest_token + 1) * width * self.shape.width()).into(),
-            batch.tokens.room_for(batch.rows * 4).into(),
+            x.room_for(gpu, batch.rows * width * 4).into(),
+            table.room_for(gpu, (batch.greatest_token + 1) * width * self.shape.width()).into(),
+            batch.tokens.room_for(gpu, batch.rows * 4).into(),
             width.into(),
         ];
         // SAFETY: sizes are checked above, the table's by the greatest token.
@@ -250,9 +252,9 @@ impl DecoderKernels {
     ) -> Result<(), GpuError> {
         assert!(width.is_multiple_of(2), "rows of {width} numbers");
         let mut args = [
-            normed.room_for(rows * width * self.shape.width()).into(),
-            x.room_for(rows * width * 4).into(),
-            gamma.room_for(width * 4).into(),
+            normed.room_for(gpu, rows * width * self.shape.width()).into(),
+            x.room_for(gpu, rows * width * 4).into(),
+            gamma.room_for(gpu, width * 4).into(),
             width.into(),
             eps.into(),
         ];
@@ -277,8 +279,8 @@ impl DecoderKernels {
         let (dim, stride) = (self.shape.head_dim, self.shape.qkv());
         assert!((first + heads) * dim <= stride, "heads {first} to {}", first + heads);
         let mut args = [
-            qkv.room_for(rows * stride * self.shape.width()).into(),
-            gamma.room_for(dim * 4).into(),
+            qkv.room_for(gpu, rows * stride * self.shape.width()).into(),
+            gamma.room_for(gpu, dim * 4).into(),
             stride.into(),
             (first * dim).into(),
             heads.into(),
@@ -304,7 +306,8 @@ impl DecoderKernels {
         f32: bool,
     ) -> Result<(), GpuError> {
         let (kernel, bytes) = if f32 { (&self.add_bias_f32, 4) } else { (&self.add_bias, self.shape.width()) };
-        let mut args = [x.room_for(rows * width * bytes).into(), bias.room_for(width * 4).into(), width.into()];
+        let mut args =
+            [x.room_for(gpu, rows * width * bytes).into(), bias.room_for(gpu, width * 4).into(), width.into()];
         // SAFETY: sizes are checked above.
         unsafe { gpu.launch(kernel, Self::a_block_a_row(rows), &mut args) }
     }
@@ -321,7 +324,7 @@ impl DecoderKernels {
         [rows, width]: [usize; 2],
     ) -> Result<(), GpuError> {
         let bytes = rows * width * self.shape.width();
-        let mut args = [out.room_for(bytes).into(), gate_up.room_for(2 * bytes).into(), width.into()];
+        let mut args = [out.room_for(gpu, bytes).into(), gate_up.room_for(gpu, 2 * bytes).into(), width.into()];
         // SAFETY: sizes are checked above.
         unsafe { gpu.launch(&self.silu_times, Self::a_block_a_row(rows), &mut args) }
     }
@@ -344,14 +347,14 @@ impl DecoderKernels {
         let width = self.shape.width();
         let r = prefix.map_or(0, |_| self.shape.prefix);
         let prefix_bytes = kv_heads * r * head_dim * width;
-        let (k, v) = prefix.map_or((0, 0), |(k, v)| (k.room_for(prefix_bytes), v.room_for(prefix_bytes)));
+        let (k, v) = prefix.map_or((0, 0), |(k, v)| (k.room_for(gpu, prefix_bytes), v.room_for(gpu, prefix_bytes)));
         let rope_bytes = CHUNK_TOKENS * head_dim / 2 * 4;
         let mut args = [
-            out.room_for(batch.rows * heads * head_dim * width).into(),
-            qkv.room_for(batch.rows * self.shape.qkv() * width).into(),
-            batch.starts().into(),
-            rope.cos.room_for(rope_bytes).into(),
-            rope.sin.room_for(rope_bytes).into(),
+            out.room_for(gpu, batch.rows * heads * head_dim * width).into(),
+            qkv.room_for(gpu, batch.rows * self.shape.qkv() * width).into(),
+            batch.starts(gpu).into(),
+            rope.cos.room_for(gpu, rope_bytes).into(),
+            rope.sin.room_for(gpu, rope_bytes).into(),
             k.into(),
             v.into(),
             r.into(),
@@ -378,13 +381,14 @@ impl DecoderKernels {
         layer: MemoryLayer,
         exp: bool,
     ) -> Result<(), GpuError> {
+        layer.check();
         let DecoderShape { heads, kv_heads, .. } = self.shape;
         let MemoryLayer { place, layers, slots } = layer;
         let mut args = [
-            selected.room_for(batch.chunks * layers * kv_heads * slots).into(),
-            batch.damaged.room_for(batch.chunks * 4).into(),
-            qkv.room_for(batch.rows * self.shape.qkv() * self.shape.width()).into(),
-            batch.starts().into(),
+            selected.room_for(gpu, batch.chunks * layers * kv_heads * slots).into(),
+            batch.damaged.room_for(gpu, batch.chunks * 4).into(),
+            qkv.room_for(gpu, batch.rows * self.shape.qkv() * self.shape.width()).into(),
+            batch.starts(gpu).into(),
             heads.into(),
             kv_heads.into(),
             (place * kv_heads).into(),
@@ -414,18 +418,19 @@ impl DecoderKernels {
         selected: Option<&GpuMemory>,
         layer: MemoryLayer,
     ) -> Result<(), GpuError> {
+        layer.check();
         let DecoderShape { heads, kv_heads, head_dim, .. } = self.shape;
         let MemoryLayer { place, layers, slots } = layer;
         let floats = 2 * kv_heads * slots * head_dim;
         let rope_bytes = CHUNK_TOKENS * head_dim / 2 * 4;
         let mut args = [
-            vectors.room_for(batch.chunks * layers * floats * 4).into(),
-            batch.damaged.room_for(batch.chunks * 4).into(),
-            qkv.room_for(batch.rows * self.shape.qkv() * self.shape.width()).into(),
-            batch.starts().into(),
-            rope.cos.room_for(rope_bytes).into(),
-            rope.sin.room_for(rope_bytes).into(),
-            selected.map_or(0, |selected| selected.room_for(batch.chunks * layers * kv_heads * slots)).into(),
+            vectors.room_for(gpu, batch.chunks * layers * floats * 4).into(),
+            batch.damaged.room_for(gpu, batch.chunks * 4).into(),
+            qkv.room_for(gpu, batch.rows * self.shape.qkv() * self.shape.width()).into(),
+            batch.starts(gpu).into(),
+            rope.cos.room_for(gpu, rope_bytes).into(),
+            rope.sin.room_for(gpu, rope_bytes).into(),
+            selected.map_or(0, |selected| selected.room_for(gpu, batch.chunks * layers * kv_heads * slots)).into(),
             heads.into(),
             kv_heads.into(),
             (place * kv_heads).into(),

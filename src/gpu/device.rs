@@ -1,13 +1,14 @@
 //! One GPU with one stream of work: memory, compiled kernels, launches.
 
-use std::ffi::c_void;
+use std::ffi::{CString, c_void};
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use cudarc::driver::sys::CUfunction_attribute;
+use cudarc::driver::sys::{CUdevice_attribute, CUfunction_attribute};
 use cudarc::driver::{
     CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, PinnedHostSlice, result,
 };
+use cudarc::nvrtc::{Ptx, result as nvrtc, sys as nvrtc_sys};
 
 /// Bytes that are copied to the host at a time, through memory that the GPU can write by itself.
 const STAGING_BYTES: usize = 16 << 20;
@@ -24,8 +25,27 @@ pub enum GpuError {
         /// What brings it.
         from: &'static str,
     },
+    /// There is no GPU of this number.
+    #[error("cuda:{number}: this machine has {there} GPUs, counted from 0; choose another, or use --device cpu")]
+    NoSuchGpu {
+        /// The number asked for.
+        number: usize,
+        /// How many there are.
+        there: usize,
+    },
+    /// The GPU's memory does not suffice.
+    #[error(
+        "{wanted} bytes of GPU memory are needed at once, {free} are free; end other programs on the GPU, use --dtype \
+             bf16, or --device cpu"
+    )]
+    Memory {
+        /// Bytes of the allocation that failed.
+        wanted: usize,
+        /// Bytes that were free then.
+        free: usize,
+    },
     /// The GPU or one of its libraries refused.
-    #[error("{action}: {cause}; if another program holds the GPU's memory, end it, or use --device cpu")]
+    #[error("{action}: {cause}; check that NVIDIA's driver and CUDA toolkit fit each other, or use --device cpu")]
     Failed {
         /// What was tried.
         action: &'static str,
@@ -52,11 +72,12 @@ impl GpuMemory {
         self.slice.len()
     }
 
-    /// Its address, after a check that `bytes` fit.
+    /// Its address, after a check that it is `gpu`'s and that `bytes` fit.
     ///
     /// # Panics
-    /// If they do not: a kernel must never write beyond its memory.
-    pub(super) fn room_for(&self, bytes: usize) -> u64 {
+    /// If not: a kernel must never write beyond its memory, nor into that of another stream of work.
+    pub(super) fn room_for(&self, gpu: &Gpu, bytes: usize) -> u64 {
+        assert!(Arc::ptr_eq(self.slice.stream(), &gpu.stream), "the memory is another GPU's");
         assert!(bytes <= self.bytes(), "{bytes} bytes of GPU memory are needed, {} are there", self.bytes());
         self.at
     }
@@ -86,6 +107,16 @@ impl From<usize> for Arg {
     }
 }
 
+/// Where each of the items of these lengths begins if they stand one behind the other, and where the last ends.
+pub(super) fn starts(lengths: impl Iterator<Item = usize>) -> Vec<u32> {
+    let mut end = 0;
+    let ends = lengths.map(|length| {
+        end += length;
+        u32::try_from(end).unwrap_or(u32::MAX)
+    });
+    std::iter::once(0).chain(ends).collect()
+}
+
 /// How many blocks of how many threads run a kernel, and how much shared memory each block gets beside its own.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Launch {
@@ -98,6 +129,8 @@ pub(super) struct Launch {
 pub struct Gpu {
     stream: Arc<CudaStream>,
     name: String,
+    /// Shared memory that a block can have.
+    shared_limit: usize,
     staging: Mutex<PinnedHostSlice<u8>>,
 }
 
@@ -122,19 +155,34 @@ impl Gpu {
                 return Err(GpuError::Library { library, from });
             }
         }
+        let there = CudaContext::device_count().map_err(GpuError::of("counting the GPUs"))?;
+        let there = usize::try_from(there).unwrap_or(0);
+        if number >= there {
+            return Err(GpuError::NoSuchGpu { number, there });
+        }
         let context = CudaContext::new(number).map_err(GpuError::of("opening the GPU"))?;
         // SAFETY: all work goes to one stream, in order.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(GpuError::of("opening the GPU"))?;
         let name = context.name().map_err(GpuError::of("opening the GPU"))?;
+        let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let limit = context.attribute(attribute).map_err(GpuError::of("opening the GPU"))?;
+        // Flag 0: memory that the processor reads at full speed.
         // SAFETY: it is written by a copy before it is read.
-        let staging = unsafe { context.alloc_pinned::<u8>(STAGING_BYTES) }.map_err(GpuError::of("opening the GPU"))?;
-        Ok(Self { stream, name, staging: Mutex::new(staging) })
+        let staging = unsafe { context.alloc_pinned_with_flags::<u8>(STAGING_BYTES, 0) }
+            .map_err(GpuError::of("opening the GPU"))?;
+        let shared_limit = usize::try_from(limit).unwrap_or(0);
+        Ok(Self { stream, name, shared_limit, staging: Mutex::new(staging) })
     }
 
     /// What NVIDIA calls it.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Bytes of shared memory that a block can have.
+    pub(super) fn shared_limit(&self) -> usize {
+        self.shared_limit
     }
 
     /// Must be called by a thread before it gives the GPU work.
@@ -151,7 +199,14 @@ impl Gpu {
     /// [`GpuError::Failed`] if there is not so much.
     pub fn zeros(&self, bytes: usize) -> Result<GpuMemory, GpuError> {
         // The driver gives no empty memory.
-        let slice = self.stream.alloc_zeros::<u8>(bytes.max(16)).map_err(GpuError::of("taking GPU memory"))?;
+        let slice = self.stream.alloc_zeros::<u8>(bytes.max(16)).map_err(|error| {
+            let free = self.stream.context().mem_get_info().map_or(0, |(free, _)| free);
+            if error.0 == cudarc::driver::sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+                GpuError::Memory { wanted: bytes, free }
+            } else {
+                GpuError::of("taking GPU memory")(error)
+            }
+        })?;
         let at = slice.device_ptr(&self.stream).0;
         Ok(GpuMemory { slice, at })
     }
@@ -176,7 +231,9 @@ impl Gpu {
     pub fn write<T: bytemuck::NoUninit>(&self, memory: &mut GpuMemory, values: &[T]) -> Result<(), GpuError> {
         let bytes: &[u8] = bytemuck::cast_slice(values);
         let mut part = memory.slice.slice_mut(..bytes.len());
-        self.stream.memcpy_htod(bytes, &mut part).map_err(GpuError::of("copying to the GPU"))
+        self.stream.memcpy_htod(bytes, &mut part).map_err(GpuError::of("copying to the GPU"))?;
+        // The caller may drop `values`: whether such a copy is done when it returns is not documented.
+        self.wait()
     }
 
     /// Reads the first bytes of a memory, when all work before is done.
@@ -194,7 +251,7 @@ impl Gpu {
         let failed = GpuError::of("copying from the GPU");
         let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(values);
-        let from = memory.room_for(bytes.len());
+        let from = memory.room_for(self, bytes.len());
         for (number, part) in bytes.chunks_mut(STAGING_BYTES).enumerate() {
             let start = (number * STAGING_BYTES) as u64;
             let staged = &mut staging.as_mut_slice().map_err(failed)?[..part.len()];
@@ -211,7 +268,7 @@ impl Gpu {
     /// # Errors
     /// [`GpuError::Failed`].
     pub(super) fn clear(&self, memory: &GpuMemory, bytes: usize) -> Result<(), GpuError> {
-        let at = memory.room_for(bytes);
+        let at = memory.room_for(self, bytes);
         // SAFETY: the bytes are within the memory, and the stream orders this with all other work.
         unsafe { result::memset_d8_async(at, 0, bytes, self.stream.cu_stream()) }
             .map_err(GpuError::of("clearing GPU memory"))
@@ -233,12 +290,9 @@ impl Gpu {
             let cause = format!("{} has compute capability {major}.{minor}; 8.0 or above is needed", self.name);
             return Err(GpuError::Failed { action: "opening the GPU", cause });
         }
-        let mut all = vec![format!("--gpu-architecture=compute_{major}{minor}")];
+        let mut all = vec![format!("--gpu-architecture=sm_{major}{minor}")];
         all.extend_from_slice(options);
-        let options = cudarc::nvrtc::CompileOptions { options: all, ..Default::default() };
-        let compiled = cudarc::nvrtc::compile_ptx_with_opts(source, options)
-            .map_err(|error| GpuError::Failed { action: "compiling kernels", cause: error.to_string() })?;
-        context.load_module(compiled).map_err(GpuError::of("loading kernels"))
+        context.load_module(machine_code(source, &all)?).map_err(GpuError::of("loading kernels"))
     }
 
     /// A kernel that may use `shared_bytes` of shared memory beside its own.
@@ -250,6 +304,11 @@ impl Gpu {
     ) -> Result<CudaFunction, GpuError> {
         let function = module.load_function(name).map_err(GpuError::of("loading kernels"))?;
         let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        if shared_bytes > self.shared_limit {
+            let cause =
+                format!("{name} needs {shared_bytes} bytes, a block of {} can have {}", self.name, self.shared_limit);
+            return Err(GpuError::Failed { action: "asking for shared memory", cause });
+        }
         let bytes = i32::try_from(shared_bytes).unwrap_or(i32::MAX);
         function.set_attribute(attribute, bytes).map_err(GpuError::of("asking for shared memory"))?;
         Ok(function)
@@ -265,6 +324,9 @@ impl Gpu {
         launch: Launch,
         args: &mut [Arg],
     ) -> Result<(), GpuError> {
+        if launch.grid.contains(&0) {
+            return Ok(());
+        }
         let mut pointers: Vec<*mut c_void> = args.iter_mut().map(|arg| (&raw mut arg.0).cast()).collect();
         let [x, y] = launch.grid.map(|blocks| u32::try_from(blocks).unwrap_or(u32::MAX));
         let shared_bytes = u32::try_from(launch.shared_bytes).unwrap_or(u32::MAX);
@@ -286,4 +348,31 @@ impl Gpu {
     pub(super) fn stream(&self) -> *mut c_void {
         self.stream.cu_stream().cast()
     }
+}
+
+/// Compiles CUDA source to machine code. Not to PTX: that would have to fit the driver's version too.
+fn machine_code(source: &str, options: &[String]) -> Result<Ptx, GpuError> {
+    let failed = GpuError::of("compiling kernels");
+    let source = CString::new(source).map_err(GpuError::of("compiling kernels"))?;
+    let program = nvrtc::create_program(&source, None).map_err(failed)?;
+    // SAFETY: the program lives until `destroy_program`.
+    let compiled = unsafe { nvrtc::compile_program(program, options) };
+    let code = compiled.map_err(|error| {
+        // SAFETY: as above.
+        let log = unsafe { nvrtc::get_program_log(program) }.unwrap_or_default();
+        let log: String = log.iter().map(|byte| char::from(byte.cast_unsigned())).filter(|c| *c != '\0').collect();
+        GpuError::Failed { action: "compiling kernels", cause: format!("{error:?}: {log}") }
+    });
+    let code = code.and_then(|()| {
+        let mut bytes = 0;
+        // SAFETY: as above; the size is written.
+        unsafe { nvrtc_sys::nvrtcGetCUBINSize(program, &raw mut bytes) }.result().map_err(failed)?;
+        let mut code = vec![0_u8; bytes];
+        // SAFETY: as above; there is room for the size that was told.
+        unsafe { nvrtc_sys::nvrtcGetCUBIN(program, code.as_mut_ptr().cast()) }.result().map_err(failed)?;
+        Ok(code)
+    });
+    // SAFETY: it is not used any more.
+    unsafe { nvrtc::destroy_program(program) }.map_err(failed)?;
+    Ok(Ptx::from_binary(code?))
 }

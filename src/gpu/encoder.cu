@@ -6,26 +6,7 @@
 // Rows of all texts stand one behind the other; text i has rows starts[i] .. starts[i + 1]. Sums are f32, in an order that
 // depends on the text alone.
 
-typedef unsigned short u16;
-typedef unsigned int u32;
-
-#if BF16
-typedef u16 T;
-#else
-typedef float T;
-#endif
-
 #define TILE 64 // keys at a time
-#define MINUS_INFINITY __int_as_float(0xff800000)
-
-__device__ __forceinline__ float up(u16 x) { return __uint_as_float((u32)x << 16); }
-__device__ __forceinline__ float up(float x) { return x; }
-__device__ __forceinline__ void put(u16* to, float x) {
-    u16 bits;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-    *to = bits;
-}
-__device__ __forceinline__ void put(float* to, float x) { *to = x; }
 
 // The sum over a block of 128 threads, the same in every thread.
 __device__ __forceinline__ float block_sum(float x) {

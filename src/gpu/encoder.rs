@@ -3,13 +3,11 @@
 //! A batch is the rows of its texts one behind the other, without padding. Shapes are those written in `encoder.cu`; `T`
 //! is bf16 or f32.
 
-use std::sync::Arc;
+use cudarc::driver::CudaFunction;
 
-use cudarc::driver::{CudaFunction, CudaModule};
+use super::device::{Gpu, GpuError, GpuMemory, Launch, starts};
 
-use super::device::{Gpu, GpuError, GpuMemory, Launch};
-
-const SOURCE: &str = include_str!("encoder.cu");
+const SOURCE: &str = concat!(include_str!("common.cu"), include_str!("encoder.cu"));
 /// Queries of one block of the attention.
 const QUERIES: usize = 32;
 
@@ -99,10 +97,7 @@ impl TextBatch {
             ids.len()
         );
         assert!(texts.iter().all(|(ids, positions)| ids.len() == positions.len()), "as many ids as positions");
-        let mut starts = vec![0_u32];
-        for (ids, _) in texts {
-            starts.push(starts[starts.len() - 1] + u32::try_from(ids.len()).unwrap_or(u32::MAX));
-        }
+        let starts = starts(texts.iter().map(|(ids, _)| ids.len()));
         gpu.write(&mut self.starts, &starts)?;
         gpu.write(&mut self.ids, &ids)?;
         gpu.write(&mut self.positions, &positions)?;
@@ -127,7 +122,6 @@ pub struct EncoderKernels {
     add_bias: CudaFunction,
     attend: CudaFunction,
     pool: CudaFunction,
-    _module: Arc<CudaModule>,
 }
 
 impl EncoderKernels {
@@ -150,7 +144,6 @@ impl EncoderKernels {
             add_bias: kernel("add_bias")?,
             attend: kernel("attend")?,
             pool: kernel("pool")?,
-            _module: Arc::clone(&module),
         })
     }
 
@@ -169,14 +162,14 @@ impl EncoderKernels {
     ) -> Result<(), GpuError> {
         let (rows, dim) = (batch.rows, self.shape.dim());
         let mut args = [
-            x.room_for(rows * dim * 4).into(),
-            rounded.room_for(rows * dim * self.shape.width()).into(),
-            words.room_for((batch.greatest[0] + 1) * dim * 4).into(),
-            positions.room_for((batch.greatest[1] + 1) * dim * 4).into(),
-            batch.ids.room_for(rows * 4).into(),
-            batch.positions.room_for(rows * 4).into(),
-            norm.gamma.room_for(dim * 4).into(),
-            norm.beta.room_for(dim * 4).into(),
+            x.room_for(gpu, rows * dim * 4).into(),
+            rounded.room_for(gpu, rows * dim * self.shape.width()).into(),
+            words.room_for(gpu, (batch.greatest[0] + 1) * dim * 4).into(),
+            positions.room_for(gpu, (batch.greatest[1] + 1) * dim * 4).into(),
+            batch.ids.room_for(gpu, rows * 4).into(),
+            batch.positions.room_for(gpu, rows * 4).into(),
+            norm.gamma.room_for(gpu, dim * 4).into(),
+            norm.beta.room_for(gpu, dim * 4).into(),
             dim.into(),
             norm.eps.into(),
         ];
@@ -199,11 +192,11 @@ impl EncoderKernels {
     ) -> Result<(), GpuError> {
         let dim = self.shape.dim();
         let mut args = [
-            x.room_for(rows * dim * 4).into(),
-            rounded.room_for(rows * dim * self.shape.width()).into(),
-            bias.room_for(dim * 4).into(),
-            norm.gamma.room_for(dim * 4).into(),
-            norm.beta.room_for(dim * 4).into(),
+            x.room_for(gpu, rows * dim * 4).into(),
+            rounded.room_for(gpu, rows * dim * self.shape.width()).into(),
+            bias.room_for(gpu, dim * 4).into(),
+            norm.gamma.room_for(gpu, dim * 4).into(),
+            norm.beta.room_for(gpu, dim * 4).into(),
             dim.into(),
             norm.eps.into(),
         ];
@@ -225,8 +218,8 @@ impl EncoderKernels {
         gelu: bool,
     ) -> Result<(), GpuError> {
         let mut args = [
-            x.room_for(rows * width * self.shape.width()).into(),
-            bias.room_for(width * 4).into(),
+            x.room_for(gpu, rows * width * self.shape.width()).into(),
+            bias.room_for(gpu, width * 4).into(),
             width.into(),
             usize::from(gelu).into(),
         ];
@@ -242,9 +235,9 @@ impl EncoderKernels {
     pub fn attend(&self, gpu: &Gpu, out: &GpuMemory, qkv: &GpuMemory, batch: &TextBatch) -> Result<(), GpuError> {
         let bytes = batch.rows * self.shape.dim() * self.shape.width();
         let mut args = [
-            out.room_for(bytes).into(),
-            qkv.room_for(3 * bytes).into(),
-            batch.starts.room_for((batch.texts + 1) * 4).into(),
+            out.room_for(gpu, bytes).into(),
+            qkv.room_for(gpu, 3 * bytes).into(),
+            batch.starts.room_for(gpu, (batch.texts + 1) * 4).into(),
             self.shape.heads.into(),
         ];
         let grid = [batch.texts, self.shape.heads * batch.longest.div_ceil(QUERIES)];
@@ -267,9 +260,9 @@ impl EncoderKernels {
     ) -> Result<(), GpuError> {
         let dim = self.shape.dim();
         let mut args = [
-            pooled.room_for(batch.texts * dim * 4).into(),
-            x.room_for(batch.rows * dim * 4).into(),
-            batch.starts.room_for((batch.texts + 1) * 4).into(),
+            pooled.room_for(gpu, batch.texts * dim * 4).into(),
+            x.room_for(gpu, batch.rows * dim * 4).into(),
+            batch.starts.room_for(gpu, (batch.texts + 1) * 4).into(),
             dim.into(),
             usize::from(mean).into(),
         ];

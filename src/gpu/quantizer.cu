@@ -222,12 +222,12 @@ __device__ __forceinline__ void nearest(
         // Scores are times scale of row and table. The best column is at most `reach` away, so a better one is no longer
         // than |x| + reach, and no more is a column that only seems best. Twice the error of one column; the last term
         // is for the sums in f32, here and on the CPU.
-        float loose = off[r] * bound.y + length[r] * bound.w + 3e-5f * length[r] * bound.y;
+        float loose = off[r] * bound.y + length[r] * bound.w + 6e-5f * length[r] * bound.y;
         float x_length = length[r] / scale[r];
         float reach = sqrtf(fmaxf(x_length * x_length * 1.00001f - 2 * (most - loose) / factor[r], 0.0f));
         float longest = fminf((x_length + reach) * bound.x * 1.0001f, bound.y);
         float error = off[r] * longest + length[r] * fminf(longest * bound.z + 1e-6f, bound.w);
-        float least = most - 2.002f * error - 3e-5f * (length[r] * longest + 0.5f * scale[r] / bound.x * longest * longest);
+        float least = most - 2.002f * error - 6e-5f * (length[r] * longest + 0.5f * scale[r] / bound.x * longest * longest);
         // Bit m: the best group of member m of the quad; bit m + 4: its second.
         u32 open = __ballot_sync(~0u, best[r] >= least) >> (lane & 28) & 0xf;
         open |= (__ballot_sync(~0u, second[r] >= least) >> (lane & 28) & 0xf) << 4;

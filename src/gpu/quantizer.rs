@@ -3,9 +3,7 @@
 //! The codes are those of the CPU's kernels, bit for bit, because every decision is made by the same sums in the same
 //! order; products of fp16 only say which columns need to be looked at.
 
-use std::sync::Arc;
-
-use cudarc::driver::{CudaFunction, CudaModule};
+use cudarc::driver::CudaFunction;
 use half::f16;
 
 use super::decoder::Batch;
@@ -69,7 +67,6 @@ pub struct QuantizerKernels {
     nearest_exact: CudaFunction,
     subtract: CudaFunction,
     pack_codes: CudaFunction,
-    _module: Arc<CudaModule>,
 }
 
 impl QuantizerKernels {
@@ -81,12 +78,11 @@ impl QuantizerKernels {
         let module = gpu.compile(SOURCE, &[])?;
         let kernel = |name: &str| gpu.kernel(&module, name, 0);
         Ok(Self {
-            rotate: gpu.kernel(&module, "rotate", 4 * MAX_WIDTH * (MAX_WIDTH + ROTATED + 1))?,
+            rotate: gpu.kernel(&module, "rotate", gpu.shared_limit().min(rotation_bytes(MAX_WIDTH, MAX_WIDTH)))?,
             nearest: (1..=MAX_WIDTH / 16).map(|steps| kernel(&format!("nearest_{steps}"))).collect::<Result<_, _>>()?,
             nearest_exact: kernel("nearest_exact")?,
             subtract: kernel("subtract")?,
             pack_codes: kernel("pack_codes")?,
-            _module: Arc::clone(&module),
         })
     }
 }
@@ -127,6 +123,11 @@ pub struct CodecRoom {
     found2: GpuMemory,
     /// `[part]` how many, then `[part][row]`: the rows whose nearest column must be looked for among all.
     doubtful: GpuMemory,
+}
+
+/// Shared memory of a block that rotates: rows, and the matrix.
+fn rotation_bytes(d_in: usize, d_out: usize) -> usize {
+    4 * d_in * (d_out.next_multiple_of(16) + ROTATED + 1)
 }
 
 /// 2^-floor(log2 x): x times it is within [1, 2).
@@ -197,17 +198,17 @@ impl Level {
     ) -> Result<(), GpuError> {
         let (parts, stride) = (self.parts, self.depth * self.parts);
         gpu.clear(&room.doubtful, parts * 4)?;
-        let found = found.room_for(rows * parts * 4);
-        let doubtful = room.doubtful.room_for((1 + rows) * parts * 4);
-        let rotated = room.rotated.room_for(rows * stride * 4);
+        let found = found.room_for(gpu, rows * parts * 4);
+        let doubtful = room.doubtful.room_for(gpu, (1 + rows) * parts * 4);
+        let rotated = room.rotated.room_for(gpu, rows * stride * 4);
         let mut args = [
             found.into(),
             doubtful.into(),
             rotated.into(),
-            self.halves.room_for(0).into(),
-            self.starts.room_for(0).into(),
-            self.centroids.room_for(0).into(),
-            self.bounds.room_for(0).into(),
+            self.halves.room_for(gpu, 0).into(),
+            self.starts.room_for(gpu, 0).into(),
+            self.centroids.room_for(gpu, 0).into(),
+            self.bounds.room_for(gpu, 0).into(),
             self.columns.into(),
             rows.into(),
             stride.into(),
@@ -221,8 +222,8 @@ impl Level {
             found.into(),
             doubtful.into(),
             rotated.into(),
-            self.starts.room_for(0).into(),
-            self.turned.room_for(0).into(),
+            self.starts.room_for(gpu, 0).into(),
+            self.turned.room_for(gpu, 0).into(),
             self.columns.into(),
             rows.into(),
             stride.into(),
@@ -238,9 +239,10 @@ impl Level {
 }
 
 impl GpuCodec {
-    /// Whether there are kernels for a codec of this width, and parts of these widths.
-    pub fn is_supported(width: usize, depths: &[usize]) -> bool {
-        width <= MAX_WIDTH && depths.iter().all(|depth| (1..=MAX_WIDTH).contains(depth))
+    /// Whether `gpu` has kernels for a codec of this width, and parts of these widths.
+    pub fn is_supported(gpu: &Gpu, width: usize, depths: &[usize]) -> bool {
+        let rotated = width <= MAX_WIDTH && rotation_bytes(width, width) <= gpu.shared_limit();
+        rotated && depths.iter().all(|depth| (1..=MAX_WIDTH).contains(depth))
     }
 
     /// Loads a codec: rotation (matrix `[out][in]`, bias or nothing, width before), level 1 if any, level 2.
@@ -260,10 +262,11 @@ impl GpuCodec {
         let d_in = rotation.map_or(d_out, |(_, _, d_in)| d_in);
         let levels: Vec<&Books<'_>> = level1.into_iter().chain([level2]).collect();
         let depths: Vec<usize> = levels.iter().map(|books| books.depth).collect();
-        assert!(Self::is_supported(d_in.max(d_out), &depths), "a codec of width {d_in} with parts of {depths:?}");
+        assert!(Self::is_supported(gpu, d_in.max(d_out), &depths), "a codec of width {d_in} with parts of {depths:?}");
         assert!(levels.iter().all(|books| books.parts * books.depth == d_out), "both levels are {d_out} wide");
         let rotation = match rotation {
             Some((matrix, bias, _)) => {
+                assert_eq!(matrix.len(), d_in * d_out, "a matrix of {d_out} rows of {d_in}");
                 let width = d_out.next_multiple_of(16);
                 let mut turned = vec![0.0_f32; d_in * width];
                 for (at, &value) in matrix.iter().enumerate() {
@@ -318,13 +321,13 @@ impl GpuCodec {
         let Share { per, step, first } = share;
         assert!(of.of_chunk.is_multiple_of(per * step) && first < step, "{share:?} of {} vectors", of.of_chunk);
         // 1. rotate
-        let rotated = room.rotated.room_for(rows * self.d_out * 4);
+        let rotated = room.rotated.room_for(gpu, rows * self.d_out * 4);
         let (matrix, bias) = self.rotation.as_ref().map_or((0, 0), |(matrix, bias)| {
-            (matrix.room_for(0), bias.as_ref().map_or(0, |bias| bias.room_for(self.d_out * 4)))
+            (matrix.room_for(gpu, 0), bias.as_ref().map_or(0, |bias| bias.room_for(gpu, self.d_out * 4)))
         });
         let mut args = [
             rotated.into(),
-            of.vectors.room_for(vectors * self.d_in * 4).into(),
+            of.vectors.room_for(gpu, vectors * self.d_in * 4).into(),
             matrix.into(),
             bias.into(),
             rows.into(),
@@ -334,23 +337,22 @@ impl GpuCodec {
             step.into(),
             first.into(),
         ];
-        let table = if matrix == 0 { 0 } else { self.d_out.next_multiple_of(16) };
         let launch = Launch {
             grid: [rows.div_ceil(ROTATED), 1],
             threads: 128,
-            shared_bytes: 4 * self.d_in * (table + ROTATED + 1),
+            shared_bytes: rotation_bytes(self.d_in, if matrix == 0 { 0 } else { self.d_out }),
         };
         // SAFETY: what depends on the rows is checked above; matrix and bias are `self`'s own.
         unsafe { gpu.launch(&kernels.rotate, launch, &mut args) }?;
 
         // 2. level 1, and what it leaves
-        let found1 = room.found1.room_for(rows * self.level1.as_ref().map_or(0, |level| level.parts) * 4);
+        let found1 = room.found1.room_for(gpu, rows * self.level1.as_ref().map_or(0, |level| level.parts) * 4);
         if let Some(level) = &self.level1 {
             level.assign(gpu, kernels, room, &room.found1, rows)?;
             let mut args = [
                 rotated.into(),
                 found1.into(),
-                level.turned.room_for(0).into(),
+                level.turned.room_for(gpu, 0).into(),
                 level.columns.into(),
                 rows.into(),
                 level.depth.into(),
@@ -368,10 +370,10 @@ impl GpuCodec {
         // 4. codes
         let (parts1, bits1) = self.level1.as_ref().map_or((0, 0), |level| (level.parts, level.bits));
         let mut args = [
-            of.codes.room_for(vectors * self.code_bytes).into(),
+            of.codes.room_for(gpu, vectors * self.code_bytes).into(),
             found1.into(),
-            room.found2.room_for(rows * self.level2.parts * 4).into(),
-            of.batch.starts().into(),
+            room.found2.room_for(gpu, rows * self.level2.parts * 4).into(),
+            of.batch.starts(gpu).into(),
             rows.into(),
             parts1.into(),
             (bits1 as usize).into(),

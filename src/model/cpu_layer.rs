@@ -263,7 +263,10 @@ impl CpuAttention {
         for (x, norm) in [(q, &self.q_norm), (k, &self.k_norm)] {
             if let Some(gamma) = norm {
                 // [token * head, dim], in place, some at a time
-                for heads in x.chunks_mut((room.len() / head_dim).max(1) * head_dim) {
+                // A short chunk of a narrow model may have less room than one head.
+                let mut narrow = Vec::new();
+                let room = if room.len() < head_dim { grown(&mut narrow, head_dim, 0.0) } else { &mut *room };
+                for heads in x.chunks_mut(room.len() / head_dim * head_dim) {
                     let out = &mut room[..heads.len()];
                     math::rms_norm(heads, None, gamma, eps, out);
                     heads.copy_from_slice(out);

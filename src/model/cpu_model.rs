@@ -73,14 +73,7 @@ impl CpuModel {
             DType::Bf16 => 2,
         };
         let loaded = LoadedSize { parameters: reader.parameters(), bytes: reader.parameters() * width };
-        let prefix = PrefixKv {
-            tokens: setup.prefix.clone(),
-            layers: setup.layers.clone(),
-            kv_heads: config.num_key_value_heads,
-            head_dim: config.head_dim,
-            k: Vec::new(),
-            v: Vec::new(),
-        };
+        let prefix = setup.prefix_kv(Vec::new(), Vec::new());
         drop(reader);
         let mut model =
             Self { setup, format, embed_tokens, layers, last, cache: Vec::new(), prefix, fingerprint, loaded };

@@ -1,8 +1,8 @@
 //! Chunks go in, memories come out: the forward pass, selection, and the gathering of the selected keys and values.
 //!
 //! Two encoders for the same model. [`ExactEncoder`] runs every chunk alone with its exact length, chunks side by side
-//! on the rayon pool: for the CPU. [`PaddedEncoder`] runs batches of one fixed shape: for GPUs. In both a chunk's
-//! memory depends on nothing but the chunk; that is tested byte for byte.
+//! on the rayon pool: for the CPU. [`PaddedEncoder`] runs batches of one fixed shape on burn's backends.
+//! In both a chunk's memory depends on nothing but the chunk; that is tested byte for byte.
 
 use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor, TensorData};
@@ -38,6 +38,10 @@ impl ExactEncoder {
         self.model.run(chunk, |place, features| {
             if result.is_ok() {
                 let weights = self.model.weights(chunk.len(), &features);
+                if weights.iter().any(|weight| !weight.is_finite()) {
+                    result = Err(ModelError::NotFinite { chunk: index, layer: setup.layers[place] });
+                    return;
+                }
                 keep(&mut memory, shape, place, &weights, features);
                 result = check_finite(&memory, shape, place, index, setup.layers[place]);
             }

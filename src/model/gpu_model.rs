@@ -127,14 +127,7 @@ impl GpuModel {
         let fingerprint = setup.fingerprint(reader.hash(), dtype);
         drop(reader);
         let room = Mutex::new(Room::new(&gpu, &setup, shape)?);
-        let prefix = PrefixKv {
-            tokens: setup.prefix.clone(),
-            layers: setup.layers.clone(),
-            kv_heads: config.num_key_value_heads,
-            head_dim: config.head_dim,
-            k: Vec::new(),
-            v: Vec::new(),
-        };
+        let prefix = setup.prefix_kv(Vec::new(), Vec::new());
         let rope = rope_at(&gpu, &setup, setup.prefix.len())?;
         let cache = Vec::new();
         let mut model =
@@ -148,10 +141,14 @@ impl GpuModel {
         &self.gpu
     }
 
-    /// The memories of up to [`MemoryEncoder::chunks_per_call`] chunks, left on the GPU.
+    /// The memories of 1 to [`MemoryEncoder::chunks_per_call`] chunks, left on the GPU. They must be dropped before the next
+    /// call from the same thread, which waits for them.
     ///
     /// # Errors
     /// As [`MemoryEncoder::encode`].
+    ///
+    /// # Panics
+    /// If there are more.
     pub fn encode_on_gpu(&self, chunks: &[&[u32]]) -> Result<GpuMemories<'_>, ModelError> {
         for (index, chunk) in chunks.iter().enumerate() {
             self.setup.check_chunk(index, chunk)?;
@@ -351,7 +348,7 @@ impl Room {
         let (rows, d, inner) = (BATCH_CHUNKS * MAX_CHUNK_TOKENS, config.hidden_size, config.intermediate_size);
         let (queries, width, memory) = (shape.heads * shape.head_dim, shape.width(), setup.shape());
         let workspace = Product::workspace(gpu)?;
-        let product = |n, k, into| Product::new(&workspace, [n, k], rows, shape.bf16, into);
+        let product = |n, k, into| Product::new(gpu, &workspace, [n, k], rows, shape.bf16, into);
         Ok(Self {
             batch: Batch::new(gpu, BATCH_CHUNKS)?,
             x: gpu.zeros(rows * d * 4)?,

@@ -115,15 +115,7 @@ fn run_prefix<B: Backend>(
         v.extend(to_host(cache[layer].v.clone())?);
     }
     cache.truncate(decoder.layers.len()); // nothing attends at the last memory layer
-    let prefix = PrefixKv {
-        tokens: tokens.clone(),
-        layers: layers.clone(),
-        kv_heads: config.num_key_value_heads,
-        head_dim: config.head_dim,
-        k,
-        v,
-    };
-    Ok((cache, prefix))
+    Ok((cache, setup.prefix_kv(k, v)))
 }
 
 /// Token ids on the device. Ids are below the vocabulary's size, which `config.rs` keeps below 2^24.

@@ -1,12 +1,13 @@
 //! What every way of running a model begins with: directory, settings and prefix, checked before any weight is read.
 //!
-//! In: a Hugging Face directory, a [`MemorySpec`], prefix tokens. Out: a [`Setup`], from which `cpu_model.rs` and
-//! `memory_model.rs` load weights onto their device, and the fingerprint that both give.
+//! In: a Hugging Face directory, a [`MemorySpec`], prefix tokens. Out: a [`Setup`], from which `cpu_model.rs`,
+//! `gpu_model.rs` and `memory_model.rs` load weights onto their device, and the fingerprint that both give.
 
 use std::path::Path;
 
 use super::config::ModelConfig;
 use super::error::ModelError;
+use super::prefix::PrefixKv;
 use super::rope::RopeTable;
 use super::weights::WeightFiles;
 use super::{DType, MAX_CHUNK_TOKENS, MemorySpec};
@@ -70,6 +71,18 @@ impl Setup {
             kv_heads: self.config.num_key_value_heads,
             slots: self.slots,
             head_dim: self.config.head_dim,
+        }
+    }
+
+    /// The prefix with its keys and values at the memory layers, `[layer][head][r][dim]`.
+    pub(crate) fn prefix_kv(&self, k: Vec<f32>, v: Vec<f32>) -> PrefixKv {
+        PrefixKv {
+            tokens: self.prefix.clone(),
+            layers: self.layers.clone(),
+            kv_heads: self.config.num_key_value_heads,
+            head_dim: self.config.head_dim,
+            k,
+            v,
         }
     }
 

@@ -12,10 +12,11 @@ use super::stages::on_all;
 use super::survey::Sampled;
 use crate::bank::CodecDescription;
 use crate::codec::quality::Quality;
-use crate::codec::sample::{MAX_CAPACITY, Sampler, TrainingSample};
+use crate::codec::sample::{MAX_CAPACITY, SampleSize, Sampler, TrainingSample};
 use crate::codec::train::{TrainOptions, train_set};
 use crate::codec::{CodecChoice, CodecSet, CodecSpec, Scope, factory};
 use crate::config::CodecConfig;
+use crate::memory::MemoryShape;
 use crate::model::MemoryEncoder;
 
 /// Distinct chunks that the survey keeps for training, at most: 16 MiB of token ids.
@@ -52,6 +53,19 @@ impl ChosenCodec {
         }
     }
 
+    /// What a manifest says of a codec that nobody will read with.
+    pub fn untrained(set: &CodecSet) -> CodecDescription {
+        CodecDescription {
+            spec: set.codecs().first().map_or_else(String::new, crate::codec::Codec::name),
+            scope: set.scope().to_string(),
+            code_bytes: set.code_bytes() as u64,
+            training_vectors: 0,
+            key_mse: None,
+            value_mse: None,
+            fallback: None,
+        }
+    }
+
     /// What the manifest says of it.
     pub fn description(&self) -> CodecDescription {
         CodecDescription {
@@ -59,8 +73,8 @@ impl ChosenCodec {
             scope: self.set.scope().to_string(),
             code_bytes: self.set.code_bytes() as u64,
             training_vectors: self.training_vectors,
-            key_mse: self.quality.and_then(|quality| quality.keys),
-            value_mse: self.quality.and_then(|quality| quality.values),
+            key_mse: self.quality.and_then(|quality| quality.keys).map(six_digits),
+            value_mse: self.quality.and_then(|quality| quality.values).map(six_digits),
             fallback: self.note.clone(),
         }
     }
@@ -73,6 +87,11 @@ impl ChosenCodec {
             .map_or_else(String::new, |(keys, values)| format!(", held-out error keys {keys:.4}, values {values:.4}"));
         format!("{}, {bytes} bytes a vector{error}", self.spec)
     }
+}
+
+/// So many digits come back from JSON as they went in, of which a resumed run makes the same manifest; all 17 need not.
+fn six_digits(error: f64) -> f64 {
+    (error * 1e6).round() / 1e6
 }
 
 /// What to sample, known before the survey.
@@ -113,6 +132,38 @@ impl TrainingPlan {
         if self.choice == CodecChoice::None { 0 } else { self.capacity.min(MAX_SAMPLE_CHUNKS) }
     }
 
+    /// The setting.
+    pub fn choice(&self) -> CodecChoice {
+        self.choice
+    }
+
+    /// Which vectors share a codebook.
+    pub fn scope(&self) -> Scope {
+        self.scope
+    }
+
+    /// The codec that text enough would give.
+    pub fn best(&self, head_dim: usize) -> Result<CodecSpec, PipelineError> {
+        Ok(self.choice.resolve(head_dim, usize::MAX)?.0)
+    }
+
+    /// Chunks of the survey's sample that go through the model, and the vectors drawn from each.
+    fn extent(&self, sampled: &Sampled, corpus_chunks: u64, shape: &MemoryShape) -> (usize, usize) {
+        let share = usize::try_from(corpus_chunks / 10).unwrap_or(usize::MAX);
+        let chunks = sampled.len().min(share.max(MIN_SAMPLE_CHUNKS));
+        (chunks, self.capacity.div_ceil(chunks.max(1)).min(shape.vectors()))
+    }
+
+    /// The chunks that training will encode, and the vectors that they will give.
+    pub fn sample_size(&self, sampled: &Sampled, corpus_chunks: u64, shape: &MemoryShape) -> (usize, SampleSize) {
+        if self.choice == CodecChoice::None {
+            return (0, SampleSize::default());
+        }
+        let (chunks, vectors_per_chunk) = self.extent(sampled, corpus_chunks, shape);
+        let queue = sampled.iter().take(chunks).map(|((_, content), tokens)| (*content, tokens.len()));
+        (chunks, SampleSize::of(&self.sampler(vectors_per_chunk), shape, self.scope, queue))
+    }
+
     /// Draws by the configured seed.
     pub fn sampler(&self, vectors_per_chunk: usize) -> Sampler {
         Sampler { seed: self.seed, vectors_per_chunk, capacity: self.capacity }
@@ -144,10 +195,8 @@ impl TrainingPlan {
 
         // 1. Few vectors of many chunks: as many chunks as a tenth of the corpus.
         progress.enter(Phase::Sample);
-        let share = usize::try_from(corpus_chunks / 10).unwrap_or(usize::MAX);
-        let chunks = sampled.len().min(share.max(MIN_SAMPLE_CHUNKS));
+        let (chunks, vectors_per_chunk) = self.extent(sampled, corpus_chunks, &shape);
         progress.sample_total.store(chunks as u64, Ordering::Relaxed);
-        let vectors_per_chunk = self.capacity.div_ceil(chunks.max(1)).min(shape.vectors());
         let mut sample = TrainingSample::new(self.sampler(vectors_per_chunk), shape);
         let mut queue = sampled.iter().take(chunks);
         loop {

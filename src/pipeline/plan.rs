@@ -89,6 +89,10 @@ impl Plan {
             plan.dead = unclaimed.into_iter().filter(|one| !one.published).map(|one| one.row).collect();
             return Ok(plan);
         };
+        // What an interrupted run has left of documents that are not in the corpus was never published, and goes.
+        let (unclaimed, left): (Vec<Vanished>, Vec<Vanished>) =
+            unclaimed.into_iter().partition(|document| document.published);
+        plan.dead = left.into_iter().map(|document| document.row).collect();
         let (rejected, missing): (Vec<Vanished>, Vec<Vanished>) =
             unclaimed.into_iter().partition(|document| survey.rejected_ids.contains(&document.id));
         if !rejected.is_empty() {
@@ -118,20 +122,18 @@ impl Plan {
             ));
             return Ok(plan);
         }
-        // What an interrupted run left was never published: nothing shrinks without it.
-        let published = missing.iter().filter(|document| document.published).count() as u64;
-        plan.vanished = published;
+        plan.vanished = count;
         // Shares of counts below 2^53.
         #[allow(clippy::cast_precision_loss)]
-        let share = published as f64 / plan.documents.max(1) as f64;
+        let share = count as f64 / plan.documents.max(1) as f64;
         if share > max_shrink && !allow_shrink {
             plan.refused = Some(format!(
-                "{published} of {} documents are not in the corpus any more ({ids}), more than bank.max_shrink = \
+                "{count} of {} documents are not in the corpus any more ({ids}), more than bank.max_shrink = \
                  {max_shrink} allows; check the inputs, or pass --allow-shrink",
                 plan.documents
             ));
         }
-        plan.dead = missing.into_iter().map(|document| document.row).collect();
+        plan.dead.extend(missing.into_iter().map(|document| document.row));
         Ok(plan)
     }
 }

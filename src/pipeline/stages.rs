@@ -28,7 +28,7 @@ use crate::memory::{ContentHash, Memory, MemoryShape};
 use crate::model::{GpuModel, MemoryEncoder, ModelError};
 
 /// Batches that may wait between two stages. Two keep both sides busy; more only takes memory.
-const CHANNEL_BATCHES: usize = 2;
+pub(super) const CHANNEL_BATCHES: usize = 2;
 /// Documents that may gather in a batch that gets no new chunk.
 const MAX_BATCH_DOCUMENTS: usize = 4096;
 
@@ -310,7 +310,7 @@ impl Stages<'_> {
         made: &mut Quantized,
     ) -> Result<(), ModelError> {
         let memories = self.progress.encode.measure(chunks.len(), || model.encode_on_gpu(chunks))?;
-        let codes = self.progress.quantize.measure(chunks.len(), || codec.encode(memories.vectors(), chunks.len()))?;
+        let codes = self.progress.quantize.measure(chunks.len(), || codec.encode(memories.vectors()))?;
         made.codes.extend(codes);
         let tokens = memories.tokens()?;
         let tokens = tokens.chunks_exact(self.encoder.shape().token_indices()).map(<[u8]>::to_vec);

@@ -181,14 +181,7 @@ impl ReadModel {
             }
             all
         };
-        let stored = PrefixKv {
-            tokens: setup.prefix.clone(),
-            layers: setup.layers.clone(),
-            kv_heads: heads,
-            head_dim: dim,
-            k: turned(|layer| &layer.k),
-            v: turned(|layer| &layer.v),
-        };
+        let stored = setup.prefix_kv(turned(|layer| &layer.k), turned(|layer| &layer.v));
         let places = (0..self.layers.len()).map(|layer| setup.layers.binary_search(&layer).ok()).collect();
         let (shape, prefix) = (setup.shape(), context.layers);
         self.memory = Some(MemorySide { places, shape, r, prefix, stored, fingerprint });

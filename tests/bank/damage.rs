@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use memory3::bank::layout::{SectionKind, header, trailer};
-use memory3::bank::{Bank, BankError, Finding, Report, RowId, Shard, VerifyOptions, verify};
+use memory3::bank::{Bank, BankError, Finding, Manifest, Report, RowId, Shard, VerifyOptions, generations, verify};
 use memory3::memory::RecordId;
 
 use super::support::*;
@@ -370,4 +370,57 @@ fn manifests_that_cannot_be_are_errors() {
         Bank::open(&dir.path().join("nowhere")).map(|bank| bank.record(RecordId { shard: 1, slot: 0 }).is_ok()),
         Err(BankError::NotABank { .. })
     ));
+}
+
+#[test]
+fn a_forged_selection_is_refused_before_its_indices_are_used() {
+    let dir = small_bank();
+    let path = dir.path().join("shards/000001.m3s");
+    let whole = fs::read(&path).unwrap();
+    let (at, stride) = {
+        let shard = Shard::open(&path).unwrap();
+        (shard.record_offset(0) as usize, shard.layout().stride)
+    };
+    assert_eq!(Shard::open(&path).unwrap().record(0).unwrap().selection_fault(), None);
+    // More slots than a head has; a token that the chunk does not have.
+    for (offset, value) in [(4, 255), (16, 255)] {
+        let mut bytes = whole.clone();
+        bytes[at + offset] = value;
+        record_crc(&mut bytes, at, stride);
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, bytes).unwrap();
+        let shard = Shard::open(&path).unwrap();
+        let record = shard.record(0).unwrap();
+        assert!(record.selection_fault().is_some());
+        assert!(matches!(record.check_selection(), Err(BankError::Corrupt { what: "token selection", .. })));
+    }
+}
+
+/// Found by the target `manifest`: figures that nobody can add up, and layers that no record has.
+#[test]
+fn a_manifest_whose_figures_overflow_is_refused_by_the_name_of_the_figure() {
+    let dir = small_bank();
+    let path = dir.path().join("index/manifest.json");
+    let sound: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let refused = |change: &dyn Fn(&mut serde_json::Value)| {
+        let mut forged = sound.clone();
+        change(&mut forged);
+        assert_ne!(forged, sound);
+        match Manifest::parse(&path, &serde_json::to_vec(&forged).unwrap()) {
+            Err(BankError::Corrupt { what, .. }) => what,
+            other => panic!("{other:?}"),
+        }
+    };
+    let most = u64::MAX;
+    assert_eq!(refused(&|m| m["counts"]["records"] = most.into()), "counts");
+    assert_eq!(refused(&|m| m["counts"]["documents"] = ((1u64 << 53) + 1).into()), "counts");
+    assert_eq!(refused(&|m| m["generation"] = most.into()), "generation");
+    assert_eq!(refused(&|m| m["shards"][0]["bytes"] = most.into()), "bytes");
+    assert_eq!(refused(&|m| m["prefix"]["bytes"] = most.into()), "bytes");
+    assert_eq!(refused(&|m| m["shards"][0]["records"] = most.into()), "records");
+    assert_eq!(refused(&|m| m["shards"][0]["documents"] = most.into()), "documents");
+    assert_eq!(refused(&|m| m["shape"]["memory_layers"] = vec![0, 1, 2].into()), "memory_layers");
+    assert_eq!(refused(&|m| m["shape"]["slots"] = 0.into()), "shape");
+    assert_eq!(refused(&|m| m["shape"]["head_dim"] = (1u64 << 40).into()), "shape");
+    assert!(generations(dir.path()).is_ok());
 }

@@ -67,6 +67,53 @@ fn what_an_interrupted_run_left_dies_if_the_corpus_no_longer_has_it() {
 }
 
 #[test]
+fn rows_that_an_interrupted_run_replaced_are_known_in_finished_and_in_open_shards() {
+    for (records, stop) in [(1000, Stop::FinishAfter(3)), (4, Stop::FinishAfter(9)), (4, Stop::DropAfter(9))] {
+        let dir = tempfile::tempdir().unwrap();
+        let docs = corpus(55, 20);
+        compile(dir.path(), &docs, &spec(records));
+        assert!(!begin(dir.path(), &spec(records)).adopted_replaces().unwrap());
+        let mut next = docs.clone();
+        for (number, doc) in next.iter_mut().take(12).enumerate() {
+            doc.chunks = vec![vec![9, 9, u32::try_from(number).unwrap()]];
+        }
+        assert!(push(begin(dir.path(), &spec(records)), &next, stop).unwrap().is_none());
+
+        // Who only adds must know it, wherever the rows are.
+        let mut writer = begin(dir.path(), &spec(records));
+        assert!(writer.adopted_replaces().unwrap(), "{records} records a shard, {stop:?}");
+        // To a corpus without them, these are published documents that vanish: the guard must see them all.
+        for doc in &docs[12..] {
+            writer.claim_document(&doc.id, memory3::memory::ContentHash::of_text(&doc.text())).unwrap();
+        }
+        let missing = writer.unclaimed().unwrap();
+        assert_eq!(missing.len(), 12, "{missing:?}");
+        assert!(missing.iter().all(|one| one.published), "{missing:?}");
+        drop(writer);
+        sync(dir.path(), &next, &spec(records), 1000);
+        assert_holds(&Bank::open(dir.path()).unwrap(), &next, &spec(records));
+        assert_clean(dir.path());
+    }
+}
+
+#[test]
+fn a_document_that_is_back_in_the_second_pass_does_not_die() {
+    let dir = tempfile::tempdir().unwrap();
+    let docs = corpus(56, 20);
+    compile(dir.path(), &docs, &spec(30));
+    let mut writer = begin(dir.path(), &spec(30));
+    for doc in &docs[..15] {
+        writer.claim_document(&doc.id, memory3::memory::ContentHash::of_text(&doc.text())).unwrap();
+    }
+    let missing: Vec<_> = writer.unclaimed().unwrap().into_iter().map(|one| one.row).collect();
+    assert_eq!(missing.len(), 5);
+    writer.begin_pass().unwrap();
+    // Meanwhile the file has grown by three.
+    let writer = push(writer, &docs[..18], Stop::Never).unwrap().unwrap();
+    assert_eq!(writer.still_unclaimed(missing).unwrap().len(), 2);
+}
+
+#[test]
 fn remove_names_unknown_ids_and_removes_nothing_then() {
     let dir = tempfile::tempdir().unwrap();
     let docs = corpus(53, 40);

@@ -12,4 +12,5 @@ mod repair;
 mod resume;
 mod round_trip;
 mod scale;
-mod support;
+mod sizing;
+pub mod support;

@@ -215,10 +215,13 @@ pub fn sync_with(mut writer: BankWriter, docs: &[Doc], keep_generations: u32) ->
     for doc in docs {
         writer.claim_document(&doc.id, ContentHash::of_text(&doc.text()))?;
     }
-    let tombstones = writer.unclaimed()?.into_iter().map(|vanished| vanished.row).collect();
+    let missing = writer.unclaimed()?.into_iter().map(|vanished| vanished.row).collect();
     writer.begin_pass()?;
     match push(writer, docs, Stop::Never)? {
-        Some(writer) => writer.publish(PublishInput { tombstones, keep_generations, ..input() }),
+        Some(writer) => {
+            let tombstones = writer.still_unclaimed(missing)?;
+            writer.publish(PublishInput { tombstones, keep_generations, ..input() })
+        }
         None => unreachable!("nothing stops it"),
     }
 }

@@ -19,6 +19,10 @@ fn assert_same_files(one: &[(String, Vec<u8>)], other: &[(String, Vec<u8>)]) {
     let names = |files: &[(String, Vec<u8>)]| files.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
     assert_eq!(names(one), names(other));
     for ((name, left), (_, right)) in one.iter().zip(other) {
+        // A manifest is text: show where it differs.
+        if name.ends_with(".json") {
+            assert_eq!(String::from_utf8_lossy(left), String::from_utf8_lossy(right), "{name}");
+        }
         assert!(left == right, "{name} differs");
     }
 }

@@ -6,5 +6,6 @@ mod hostile;
 mod identity;
 mod incremental;
 mod operate;
+mod plan;
 pub mod program;
 mod verbs;

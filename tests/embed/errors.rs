@@ -157,6 +157,8 @@ fn a_tokenizer_of_another_model_is_refused_when_it_gives_an_unknown_token() {
 
 #[test]
 fn a_gpu_that_is_not_there_is_an_error_with_the_next_step() {
-    let Err(error) = embed::open(&fixtures().join("tiny-xlmr"), Device::Cuda(1000), DType::F32) else { panic!("opened") };
+    let Err(error) = embed::open(&fixtures().join("tiny-xlmr"), Device::Cuda(1000), DType::F32) else {
+        panic!("opened")
+    };
     assert!(error.to_string().contains("--device cpu"), "{error}");
 }

@@ -9,7 +9,7 @@ use memory3::memory::{Memory, MemoryShape};
 use super::there_is_a_gpu;
 use crate::codec::random::{Numbers, random_codec};
 
-const SPECS: [(&str, usize); 8] = [
+const SPECS: [(&str, usize); 12] = [
     ("OPQ8_64,Residual2x12,PQ8x8", 64),
     ("OPQ8_80,Residual2x12,PQ8x11", 80),
     ("OPQ16_96,Residual2x12,PQ16x7", 96),
@@ -18,6 +18,11 @@ const SPECS: [(&str, usize); 8] = [
     ("PQ8x6", 80),
     ("OPQ4_32,PQ4x5", 32),
     ("Residual2x5,PQ4x4", 16),
+    // Parts of every width that there is a kernel for.
+    ("Residual1x8,PQ8x6", 80),
+    ("Residual1x9,PQ8x6", 96),
+    ("Residual1x8,PQ1x7", 112),
+    ("OPQ2_128,Residual1x8,PQ2x7", 128),
 ];
 
 /// Memories of `chunks` chunks, some with fewer tokens than slots; rows of very different lengths among them.
@@ -64,8 +69,9 @@ fn codes_of_the_gpu_are_those_of_the_cpu() {
             batch.fill(&gpu, &texts.iter().map(Vec::as_slice).collect::<Vec<_>>()).unwrap();
             let vectors: Vec<f32> = memories.iter().flat_map(|memory| memory.vectors.iter().copied()).collect();
             let vectors = gpu.upload(&vectors).unwrap();
-            let codes = on_gpu.encode((&batch, &vectors), memories.len()).unwrap();
-            let differ = codes.chunks(set.code_bytes()).zip(expected.chunks(set.code_bytes())).filter(|(a, b)| a != b).count();
+            let codes = on_gpu.encode((&batch, &vectors)).unwrap();
+            let differ =
+                codes.chunks(set.code_bytes()).zip(expected.chunks(set.code_bytes())).filter(|(a, b)| a != b).count();
             assert_eq!(differ, 0, "{spec} {scope}: of {}", memories.len() * shape.vectors());
         }
     }

@@ -1,13 +1,19 @@
 //! Memories of the GPU against those of the CPU, model by model.
 
+use std::path::Path;
+
 use memory3::memory::{Memory, MemoryShape};
 use memory3::model::{
     self, CpuModel, DType, Device, ExactEncoder, GpuModel, InitOptions, MemoryEncoder, MemorySpec, ModelError, Preset,
     init_model,
 };
 use memory3::select::Score;
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+use serde_json::json;
 
 use super::{difference, fixture, there_is_a_gpu};
+use crate::codec::random::Numbers;
 
 const PREFIX: [u32; 3] = [1, 17, 5];
 
@@ -53,6 +59,53 @@ fn compare(found: &[Memory], expected: &[Memory], shape: &MemoryShape) -> (f64, 
     (f64::from(equal) / f64::from(all), worst / greatest)
 }
 
+/// A Qwen3 directory of random weights: heads with norms, of a width that the fixture has not.
+fn write_qwen3(dir: &Path, head_dim: usize) {
+    let (hidden, inner, layers, heads, kv_heads, vocabulary) = (64, 96, 4, 4, 2, 100);
+    let mut tensors = vec![("model.embed_tokens".to_owned(), vec![vocabulary, hidden])];
+    for layer in 0..layers {
+        for (name, shape) in [
+            ("input_layernorm", vec![hidden]),
+            ("self_attn.q_proj", vec![heads * head_dim, hidden]),
+            ("self_attn.k_proj", vec![kv_heads * head_dim, hidden]),
+            ("self_attn.v_proj", vec![kv_heads * head_dim, hidden]),
+            ("self_attn.q_norm", vec![head_dim]),
+            ("self_attn.k_norm", vec![head_dim]),
+            ("self_attn.o_proj", vec![hidden, heads * head_dim]),
+            ("post_attention_layernorm", vec![hidden]),
+            ("mlp.gate_proj", vec![inner, hidden]),
+            ("mlp.up_proj", vec![inner, hidden]),
+            ("mlp.down_proj", vec![hidden, inner]),
+        ] {
+            tensors.push((format!("model.layers.{layer}.{name}"), shape));
+        }
+    }
+    tensors.push(("model.norm".to_owned(), vec![hidden]));
+    let mut numbers = Numbers(8);
+    let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = (tensors.into_iter())
+        .map(|(name, shape)| {
+            let count = shape.iter().product();
+            let values = if shape.len() == 1 {
+                numbers.normals(count, 0.2).into_iter().map(|value| 1.0 + value).collect()
+            } else {
+                numbers.normals(count, 0.15)
+            };
+            (name + ".weight", shape, values.iter().flat_map(|value: &f32| value.to_le_bytes()).collect())
+        })
+        .collect();
+    let views = (bytes.iter())
+        .map(|(name, shape, bytes)| (name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()));
+    std::fs::create_dir(dir).unwrap();
+    safetensors::serialize_to_file(views, None, &dir.join("model.safetensors")).unwrap();
+    let config = json!({
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": head_dim, "hidden_act": "silu",
+        "hidden_size": hidden, "intermediate_size": inner, "max_position_embeddings": 512, "num_attention_heads": heads,
+        "num_hidden_layers": layers, "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+        "tie_word_embeddings": true, "vocab_size": vocabulary, "attention_bias": false,
+    });
+    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+}
+
 #[test]
 fn the_gpu_gives_the_memories_of_the_cpu() {
     if !there_is_a_gpu() {
@@ -60,9 +113,12 @@ fn the_gpu_gives_the_memories_of_the_cpu() {
     }
     let made = tempfile::tempdir().unwrap();
     init_model(&made.path().join("tiny"), &InitOptions::new(Preset::Tiny, 3)).unwrap();
+    for (name, head_dim) in [("qwen3 64", 64), ("qwen3 128", 128), ("qwen3 96", 96)] {
+        write_qwen3(&made.path().join(name), head_dim);
+    }
     let families = ["llama", "qwen2", "llama_linear", "llama_llama3", "llama_yarn", "paper"];
     let mut dirs: Vec<_> = families.iter().map(|family| fixture("model").join(family)).collect();
-    dirs.push(made.path().join("tiny"));
+    dirs.extend(["tiny", "qwen3 64", "qwen3 128", "qwen3 96"].map(|name| made.path().join(name)));
     for dir in dirs {
         for score in [Score::Softmax, Score::Exp] {
             for (dtype, least_equal, most_different) in [(DType::F32, 0.999, 1e-4), (DType::Bf16, 0.85, 5e-2)] {
@@ -74,8 +130,12 @@ fn the_gpu_gives_the_memories_of_the_cpu() {
                 let chunks = chunks(90);
                 let (found, expected) = (gpu.encode(&slices(&chunks)).unwrap(), cpu.encode(&slices(&chunks)).unwrap());
                 let (equal, different) = compare(&found, &expected, &cpu.shape());
-                let prefix = difference(&gpu.prefix().k, &cpu.prefix().k).max(difference(&gpu.prefix().v, &cpu.prefix().v));
-                println!("{} {score} {dtype}: equal {equal:.4}, vectors {different:.1e}, prefix {prefix:.1e}", dir.display());
+                let prefix =
+                    difference(&gpu.prefix().k, &cpu.prefix().k).max(difference(&gpu.prefix().v, &cpu.prefix().v));
+                println!(
+                    "{} {score} {dtype}: equal {equal:.4}, vectors {different:.1e}, prefix {prefix:.1e}",
+                    dir.display()
+                );
                 assert!(equal >= least_equal && different <= most_different && prefix <= most_different);
             }
         }

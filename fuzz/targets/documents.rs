@@ -1,0 +1,4 @@
+//! See `src/documents.rs`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| memory3_fuzz::documents::run(input));
