@@ -2,13 +2,15 @@
 //!
 //! The folders follow the data: [`corpus`] texts become chunks, [`model`] gives queries, keys and values,
 //! [`select`] picks the tokens, [`codec`] quantizes, [`embed`] makes the retrieval vectors, [`bank`] keeps
-//! everything on disk; [`cpu`] and [`gpu`] have the arithmetic that models share. [`pipeline`] joins the stages into the compile
-//! run. Without the default feature `compile` only the reading side is built: [`bank`] and [`codec`], free of burn.
+//! everything on disk, [`read`] attends to it and generates; [`cpu`] and [`gpu`] have the arithmetic that models share. [`pipeline`]
+//! joins the stages into the compile run. Without the default feature `compile` only the reading side is built: [`bank`],
+//! [`codec`] and the part of [`read`] that decodes memories, free of burn.
 
 pub mod bank;
 pub mod codec;
 pub mod fingerprint;
 pub mod memory;
+pub mod read;
 
 #[cfg(feature = "compile")]
 pub mod cli;

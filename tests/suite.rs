@@ -10,4 +10,5 @@ mod embed;
 mod fuzz;
 mod gpu;
 mod model;
+mod read;
 mod select;

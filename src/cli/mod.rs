@@ -11,6 +11,7 @@ use clap::{Parser, Subcommand};
 mod compile;
 mod cost;
 mod events;
+mod generate;
 mod init_model;
 mod inspect;
 mod maintain;
@@ -96,6 +97,8 @@ enum Verb {
     Generations(maintain::GenerationsArgs),
     /// Publish an earlier generation again
     Rollback(maintain::RollbackArgs),
+    /// Go on with a text, reading memories
+    Generate(generate::GenerateArgs),
     /// Find the records nearest to a text
     Search(search::SearchArgs),
     /// Show one record: its text, with the tokens that each layer and head kept
@@ -124,6 +127,7 @@ pub fn run() -> ExitCode {
         Verb::Compact(args) => maintain::compact(&cli.global, args),
         Verb::Generations(args) => maintain::generations(&cli.global, args),
         Verb::Rollback(args) => maintain::rollback(&cli.global, args),
+        Verb::Generate(args) => generate::run(&cli.global, args),
         Verb::Search(args) => search::run(&cli.global, args),
         Verb::Show(args) => show::run(&cli.global, args),
         Verb::Inspect(args) => inspect::run(&cli.global, args),

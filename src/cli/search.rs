@@ -14,6 +14,7 @@ use crate::bank::{Bank, BankError, Manifest};
 use crate::embed::{self, TextEmbedder};
 use crate::memory::RecordId;
 use crate::model::{DType, Device};
+use crate::read::{Place, Provenance};
 
 /// Queries that are embedded together.
 const BATCH: usize = 256;
@@ -61,15 +62,6 @@ struct FoundRecord {
     documents: Vec<Place>,
 }
 
-/// Where a record's text stands.
-#[derive(Serialize)]
-pub(super) struct Place {
-    document: String,
-    chunk: u32,
-    start: u64,
-    end: u64,
-}
-
 /// Runs `memory3 search`.
 pub fn run(global: &Global, args: &SearchArgs) -> anyhow::Result<Outcome> {
     anyhow::ensure!(args.k > 0, "-k 0: nothing to look for; choose 1 or more");
@@ -100,7 +92,7 @@ pub fn run(global: &Global, args: &SearchArgs) -> anyhow::Result<Outcome> {
 }
 
 /// Opens the text encoder and refuses one that did not make the bank's vectors.
-fn open_embedder(bank: &Bank, dir: &Path) -> anyhow::Result<Box<dyn TextEmbedder>> {
+pub(super) fn open_embedder(bank: &Bank, dir: &Path) -> anyhow::Result<Box<dyn TextEmbedder>> {
     // Questions meet vectors that were made in the same number format.
     let dtype = bank.manifest().embedder.get("dtype").map_or(Ok(DType::F32), str::parse)?;
     let embedder = embed::open(dir, Device::Cpu, dtype)?;
@@ -121,35 +113,17 @@ fn search(bank: &Bank, embedder: &dyn TextEmbedder, queries: &[String], k: usize
     let found = queries.iter().zip(vectors.chunks_exact(embedder.dim())).map(|(query, vector)| {
         let hits = bank.search(vector, k)?;
         let hits = hits.into_iter().enumerate().map(|(index, hit)| {
-            Ok(FoundRecord {
-                rank: index + 1,
-                record: hit.record,
-                score: hit.score,
-                text: bank.record(hit.record)?.text()?,
-                documents: places(bank, hit.record)?,
-            })
+            let Provenance { text, documents } = Provenance::of(bank, hit.record)?;
+            Ok(FoundRecord { rank: index + 1, record: hit.record, score: hit.score, text, documents })
         });
         Ok(Found { query: query.clone(), hits: hits.collect::<anyhow::Result<_>>()? })
     });
     found.collect()
 }
 
-/// The documents that use a record, and where in them.
-pub(super) fn places(bank: &Bank, record: RecordId) -> anyhow::Result<Vec<Place>> {
-    let uses = bank.documents_of(record)?.into_iter().map(|place| {
-        let row = bank.document(place.row)?;
-        let chunk =
-            row.chunks().nth(place.ordinal as usize).with_context(|| format!("{}: no such chunk", place.row))?;
-        Ok(Place { document: row.id.to_owned(), chunk: place.ordinal, start: chunk.start, end: chunk.end })
-    });
-    uses.collect()
-}
-
-impl Place {
-    /// For people: `islands/veyra.md, chunk 0`.
-    pub(super) fn text(&self) -> String {
-        format!("{}, chunk {} (bytes {} to {})", self.document, self.chunk, self.start, self.end)
-    }
+/// For people: `islands/veyra.md, chunk 0`.
+pub(super) fn place_text(place: &Place) -> String {
+    format!("{}, chunk {} (bytes {} to {})", place.document, place.chunk, place.start, place.end)
 }
 
 /// The queries of a file, one a line; a line that begins with `{` is JSON.
@@ -188,7 +162,7 @@ impl Found {
             text += "  nothing found\n";
         }
         for hit in &self.hits {
-            let places: Vec<String> = hit.documents.iter().map(Place::text).collect();
+            let places: Vec<String> = hit.documents.iter().map(place_text).collect();
             text += &format!("{:>3}. {:.4}  record {}  {}\n", hit.rank, hit.score, hit.record, places.join("; "));
             text += &format!("     {}\n", preview(&hit.text));
         }

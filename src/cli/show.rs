@@ -8,11 +8,12 @@ use clap::Args;
 use serde::Serialize;
 
 use super::options::{self, BankArg, ModelArg};
-use super::search::{self, Place};
+use super::search;
 use super::{Global, Outcome, output};
 use crate::bank::Bank;
 use crate::corpus::Chunker;
 use crate::memory::{MemoryShape, RecordId};
+use crate::read::{Place, Provenance};
 
 /// Arguments of `memory3 show`.
 #[derive(Debug, Args)]
@@ -131,7 +132,7 @@ pub fn run(global: &Global, args: &ShowArgs) -> anyhow::Result<Outcome> {
     let shown = Shown {
         record: args.record,
         content: record.content.to_string(),
-        documents: search::places(&bank, args.record)?,
+        documents: Provenance::of(&bank, args.record)?.documents,
         text,
         token_ids: record.token_ids.to_vec(),
         tokens,
@@ -151,7 +152,7 @@ impl Shown {
     fn text(&self, color: bool) -> String {
         let mut text = format!("record {}, {} tokens, content {}\n", self.record, self.tokens.len(), self.content);
         for place in &self.documents {
-            let _ = writeln!(text, "  in {}", place.text());
+            let _ = writeln!(text, "  in {}", search::place_text(place));
         }
         let heads: usize = self.layers.iter().map(|layer| layer.heads.len()).sum();
         let _ = writeln!(text, "\nkept by any of {heads} heads:");

@@ -72,6 +72,8 @@ pub struct ModelConfig {
     pub mlp_bias: bool,
     /// RMS norms on each query and key head.
     pub qk_norm: bool,
+    /// The LM head's weights are the embedding table.
+    pub tie_word_embeddings: bool,
     /// Rotary position embedding.
     pub rope: RopeConfig,
     /// Positions of one forward pass that behave as ordinary full attention: the smaller of
@@ -148,6 +150,7 @@ impl ModelConfig {
         };
         let mlp_bias = family == Family::Llama && fields.flag("mlp_bias")?.unwrap_or(false);
 
+        let tie_word_embeddings = fields.flag("tie_word_embeddings")?.unwrap_or(false);
         let default_positions = match family {
             Family::Llama => 2048,
             Family::Mistral => 131_072,
@@ -174,6 +177,7 @@ impl ModelConfig {
             o_bias,
             mlp_bias,
             qk_norm: family == Family::Qwen3,
+            tie_word_embeddings,
             rope,
             max_positions,
         })

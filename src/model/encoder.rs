@@ -8,7 +8,8 @@ use burn::tensor::backend::Backend;
 use burn::tensor::{Int, Tensor, TensorData};
 use rayon::prelude::*;
 
-use super::cpu_model::{CpuModel, Features};
+use super::cpu_layer::Features;
+use super::cpu_model::CpuModel;
 use super::error::ModelError;
 use super::memory_model::{MemoryModel, to_host};
 use super::prefix::PrefixKv;

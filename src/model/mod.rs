@@ -8,6 +8,7 @@
 
 mod config;
 mod cost_shape;
+pub(crate) mod cpu_layer;
 mod cpu_model;
 mod decoder;
 mod device;
@@ -18,7 +19,7 @@ mod init;
 mod memory_model;
 mod prefix;
 mod rope;
-mod setup;
+pub(crate) mod setup;
 mod weights;
 
 use std::path::Path;

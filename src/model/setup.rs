@@ -16,16 +16,16 @@ use crate::memory::MemoryShape;
 use crate::select::Score;
 
 /// A model directory that can be run.
-pub(super) struct Setup {
-    pub(super) config: ModelConfig,
+pub(crate) struct Setup {
+    pub(crate) config: ModelConfig,
     /// Memory layers, increasing, never empty.
-    pub(super) layers: Vec<usize>,
-    pub(super) slots: usize,
-    pub(super) score: Score,
+    pub(crate) layers: Vec<usize>,
+    pub(crate) slots: usize,
+    pub(crate) score: Score,
     /// The prefix's token ids, at least one.
-    pub(super) prefix: Vec<u32>,
+    pub(crate) prefix: Vec<u32>,
     /// Positions of prefix and chunk.
-    pub(super) rope: RopeTable,
+    pub(crate) rope: RopeTable,
 }
 
 impl Setup {
@@ -33,7 +33,7 @@ impl Setup {
     ///
     /// # Errors
     /// The directory is no model that can be run (see [`ModelConfig`]), or `spec` or `prefix` does not fit the model.
-    pub(super) fn open(dir: &Path, prefix: &[u32], spec: &MemorySpec) -> Result<(Self, WeightFiles), ModelError> {
+    pub(crate) fn open(dir: &Path, prefix: &[u32], spec: &MemorySpec) -> Result<(Self, WeightFiles), ModelError> {
         let config = ModelConfig::from_dir(dir)?;
         let layers = spec.resolve_layers(config.num_hidden_layers)?;
         if spec.slots == 0 || spec.slots > MAX_CHUNK_TOKENS {
@@ -60,12 +60,12 @@ impl Setup {
     }
 
     /// The last memory layer: nothing above it runs.
-    pub(super) fn last(&self) -> usize {
+    pub(crate) fn last(&self) -> usize {
         self.layers[self.layers.len() - 1] // `resolve_layers` gives at least one
     }
 
     /// Shape of the memories.
-    pub(super) fn shape(&self) -> MemoryShape {
+    pub(crate) fn shape(&self) -> MemoryShape {
         MemoryShape {
             layers: self.layers.len(),
             kv_heads: self.config.num_key_value_heads,
@@ -75,7 +75,7 @@ impl Setup {
     }
 
     /// The prefix with its keys and values at the memory layers, `[layer][head][r][dim]`.
-    pub(super) fn prefix_kv(&self, k: Vec<f32>, v: Vec<f32>) -> PrefixKv {
+    pub(crate) fn prefix_kv(&self, k: Vec<f32>, v: Vec<f32>) -> PrefixKv {
         PrefixKv {
             tokens: self.prefix.clone(),
             layers: self.layers.clone(),
@@ -87,7 +87,7 @@ impl Setup {
     }
 
     /// What the memories depend on; `weights`: the hash of what was loaded.
-    pub(super) fn fingerprint(&self, weights: String, dtype: DType) -> Fingerprint {
+    pub(crate) fn fingerprint(&self, weights: String, dtype: DType) -> Fingerprint {
         let mut fingerprint = Fingerprint::default();
         fingerprint.set("weights", weights);
         for (name, value) in self.config.fingerprint_fields() {
@@ -102,7 +102,7 @@ impl Setup {
     }
 
     /// Checks the chunk at index `chunk` of a batch.
-    pub(super) fn check_chunk(&self, chunk: usize, tokens: &[u32]) -> Result<(), ModelError> {
+    pub(crate) fn check_chunk(&self, chunk: usize, tokens: &[u32]) -> Result<(), ModelError> {
         match tokens.len() {
             0 => Err(ModelError::EmptyChunk { chunk, max: MAX_CHUNK_TOKENS }),
             1..=MAX_CHUNK_TOKENS => check_tokens(tokens, self.config.vocab_size),
@@ -111,7 +111,8 @@ impl Setup {
     }
 }
 
-fn check_tokens(tokens: &[u32], vocabulary: usize) -> Result<(), ModelError> {
+/// Refuses ids outside the vocabulary.
+pub(crate) fn check_tokens(tokens: &[u32], vocabulary: usize) -> Result<(), ModelError> {
     let outside = |token: &&u32| usize::try_from(**token).map_or(true, |token| token >= vocabulary);
     match tokens.iter().find(outside) {
         Some(&token) => Err(ModelError::Token { token, vocabulary }),

@@ -7,5 +7,5 @@ mod identity;
 mod incremental;
 mod operate;
 mod plan;
-mod program;
+pub mod program;
 mod verbs;
