@@ -15,7 +15,7 @@ use super::error::ReadError;
 use super::memories::LoadedMemory;
 use crate::cpu::{Format, PackedMatrix, Rows};
 use crate::fingerprint::Fingerprint;
-use crate::memory::MemoryShape;
+use crate::memory::{MemoryShape, RecordId};
 use crate::model::cpu_layer::{Attending, CpuLayer, KeyRows, Loader, Pass, Rope, attend, format_of};
 use crate::model::setup::{Setup, check_tokens};
 use crate::model::{DType, MAX_CHUNK_TOKENS, MemorySpec, ModelConfig, PrefixKv, RopeTable, WeightFiles};
@@ -69,6 +69,15 @@ pub struct Context {
     tokens: Vec<u32>,
     behind_prefix: bool,
     memories: Vec<Arc<LoadedMemory>>,
+    /// Of a context that is measured.
+    watch: Option<Watch>,
+}
+
+/// Memories for each memory layer by itself, and what attention gave there: `[row][head][dim]`.
+#[derive(Clone, Debug)]
+struct Watch {
+    memories: Vec<Vec<Arc<LoadedMemory>>>,
+    attended: Vec<Vec<f32>>,
 }
 
 /// Tokens that a context is to take.
@@ -97,6 +106,18 @@ impl Context {
     /// The memories that the next tokens attend to.
     pub fn memories(&self) -> &[Arc<LoadedMemory>] {
         &self.memories
+    }
+
+    /// Lets the next tokens attend to these memories, those of each memory layer by themselves, and keeps what attention
+    /// gives there.
+    pub(crate) fn watch(&mut self, memories: Vec<Vec<Arc<LoadedMemory>>>) {
+        let attended = vec![Vec::new(); memories.len()];
+        self.watch = Some(Watch { memories, attended });
+    }
+
+    /// What attention gave since [`Context::watch`], by memory layer: `[row][head][dim]`.
+    pub(crate) fn watched(self) -> Vec<Vec<f32>> {
+        self.watch.map(|watch| watch.attended).unwrap_or_default()
     }
 }
 
@@ -238,7 +259,36 @@ impl ReadModel {
 
     fn new_context(&self, base: usize, behind_prefix: bool) -> Context {
         let layers = vec![LayerKv::default(); self.layers.len()];
-        Context { layers, base, tokens: Vec::new(), behind_prefix, memories: Vec::new() }
+        Context { layers, base, tokens: Vec::new(), behind_prefix, memories: Vec::new(), watch: None }
+    }
+
+    /// Memory layers; none of a plain model.
+    pub fn memory_layers(&self) -> usize {
+        self.memory.as_ref().map_or(0, |memory| memory.shape.layers)
+    }
+
+    /// A memory that holds all tokens of a chunk, which must not be more than 128: what selection selects from.
+    ///
+    /// # Errors
+    /// As [`ReadModel::forward`]; [`ReadError::NoMemories`] of a plain model.
+    pub fn dense(&self, id: RecordId, chunk: &[u32]) -> Result<LoadedMemory, ReadError> {
+        let side = self.memory.as_ref().ok_or(ReadError::NoMemories)?;
+        // Where the writing side has them: right behind the prefix.
+        let mut context = self.new_context(side.r, true);
+        self.forward(&mut [Turn { context: &mut context, tokens: chunk }], Wanted::Last)?;
+        let shape = MemoryShape { slots: chunk.len(), ..side.shape };
+        let MemoryShape { layers, kv_heads, slots, head_dim } = shape;
+        let mut vectors = Vec::with_capacity(shape.floats());
+        for (layer, _) in context.layers.iter().zip(&side.places).filter(|(_, place)| place.is_some()) {
+            for rows in [&layer.k, &layer.v] {
+                for (head, token) in (0..kv_heads).flat_map(|head| (0..slots).map(move |token| (head, token))) {
+                    vectors.extend_from_slice(&rows[(token * kv_heads + head) * head_dim..][..head_dim]);
+                }
+            }
+        }
+        let places: Vec<u8> = (0..slots).map(|token| u8::try_from(token).unwrap_or(u8::MAX)).collect();
+        let count = u8::try_from(slots).unwrap_or(u8::MAX);
+        Ok(LoadedMemory::new(id, shape, count, vectors, places.repeat(layers * kv_heads)))
     }
 
     /// Replaces the memories that the next tokens of a context attend to. Tokens that it has keep what they saw.
@@ -247,7 +297,9 @@ impl ReadModel {
     /// [`ReadError::NoMemories`] for a plain context, [`ReadError::Shape`] for memories of another model.
     pub fn set_memories(&self, context: &mut Context, memories: Vec<Arc<LoadedMemory>>) -> Result<(), ReadError> {
         let side = self.memory.as_ref().filter(|_| context.behind_prefix).ok_or(ReadError::NoMemories)?;
-        if let Some(other) = memories.iter().find(|memory| memory.shape() != side.shape) {
+        // A dense memory has other slots.
+        let fits = |shape: MemoryShape| MemoryShape { slots: side.shape.slots, ..shape } == side.shape;
+        if let Some(other) = memories.iter().find(|memory| !fits(memory.shape())) {
             return Err(ReadError::Shape { id: other.id(), found: other.shape(), expected: side.shape });
         }
         context.memories = memories;
@@ -315,24 +367,31 @@ impl ReadModel {
         let mut start = 0;
         for turn in turns {
             let end = start + turn.tokens.len();
-            let Context { layers, memories, behind_prefix, .. } = &mut *turn.context;
+            let Context { layers, memories, behind_prefix, watch, .. } = &mut *turn.context;
+            let place = self.memory.as_ref().filter(|_| *behind_prefix).and_then(|side| side.places[number]);
+            let mut watch = watch.as_mut().zip(place);
             layers[number].k.extend_from_slice(&k[start * narrow..end * narrow]);
             layers[number].v.extend_from_slice(&v[start * narrow..end * narrow]);
             let mut seen = Vec::with_capacity(memories.len() + 2);
             if let Some(side) = self.memory.as_ref().filter(|_| *behind_prefix) {
                 seen.push(KeyRows::by_token(config, &side.prefix[number].k, &side.prefix[number].v));
                 if let Some(place) = side.places[number] {
+                    let memories = watch.as_ref().map_or(&*memories, |(watch, place)| &watch.memories[*place]);
                     seen.extend(memories.iter().map(|memory| KeyRows {
                         k: memory.keys(place),
                         v: memory.values(place),
                         rows: memory.count(),
-                        head_stride: side.shape.slots * config.head_dim,
+                        head_stride: memory.shape().slots * config.head_dim,
                         row_stride: config.head_dim,
                     }));
                 }
             }
             seen.push(KeyRows::by_token(config, &layers[number].k, &layers[number].v));
-            attend(config, &q[start * wide..end * wide], &seen, keys, &mut attended[start * wide..end * wide]);
+            let found = &mut attended[start * wide..end * wide];
+            attend(config, &q[start * wide..end * wide], &seen, keys, found);
+            if let Some((watch, place)) = &mut watch {
+                watch.attended[*place].extend_from_slice(found);
+            }
             start = end;
         }
     }

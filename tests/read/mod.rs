@@ -3,3 +3,4 @@
 mod generate;
 mod memories;
 mod model;
+mod quality;

@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use crate::model::{FAMILIES, PREFIX, dir, tokens};
 
 /// The fixture model of a family as a whole model: with its LM head, and the window off where there is one.
-fn whole(family: &str) -> (TempDir, Vec<u8>) {
+pub(super) fn whole(family: &str) -> (TempDir, Vec<u8>) {
     let (folder, fixture) = (tempfile::tempdir().unwrap(), format!("tests/fixtures/read/{family}.safetensors"));
     let bytes = fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join(fixture)).unwrap();
     let head = SafeTensors::deserialize(&bytes).unwrap();
@@ -95,7 +95,7 @@ fn memories(folder: &Path) -> Vec<Arc<LoadedMemory>> {
         .collect()
 }
 
-fn load(folder: &Path, dtype: DType) -> ReadModel {
+pub(super) fn load(folder: &Path, dtype: DType) -> ReadModel {
     ReadModel::load(folder, &PREFIX, &MemorySpec::default(), dtype, 300).unwrap()
 }
 
@@ -120,7 +120,11 @@ fn rms(reader: &mut WeightReader<'_>, name: &str, x: &[Vec<f64>], width: usize, 
 }
 
 /// The definition, in f64: all of prefix and context in one pass, what each row sees said row by row.
-fn oracle(folder: &Path, context: &[u32], seen: &dyn Fn(usize) -> Vec<Arc<LoadedMemory>>) -> Vec<f64> {
+pub(super) fn oracle(
+    folder: &Path,
+    context: &[u32],
+    seen: &dyn Fn(usize) -> Vec<Arc<LoadedMemory>>,
+) -> (Vec<f64>, Vec<Vec<f64>>) {
     let c = ModelConfig::from_dir(folder).unwrap();
     let files = WeightFiles::open(folder).unwrap();
     let mut reader = files.reader().unwrap();
@@ -142,6 +146,7 @@ fn oracle(folder: &Path, context: &[u32], seen: &dyn Fn(usize) -> Vec<Arc<Loaded
             }
         }
     };
+    let mut all_attended = Vec::new();
     for layer in 0..c.num_hidden_layers {
         let name = |part: &str| format!("model.layers.{layer}.{part}");
         let normed = rms(&mut reader, &name("input_layernorm"), &x, d, c.rms_norm_eps);
@@ -167,7 +172,7 @@ fn oracle(folder: &Path, context: &[u32], seen: &dyn Fn(usize) -> Vec<Arc<Loaded
                 if at >= r && layer < c.num_hidden_layers / 2 {
                     for memory in seen(at - r) {
                         for slot in 0..memory.count() {
-                            let from = (kv * 8 + slot) * dim;
+                            let from = (kv * memory.shape().slots + slot) * dim;
                             let wide = |x: &[f32]| x[from..from + dim].iter().map(|x| f64::from(*x)).collect();
                             pairs.push((wide(memory.keys(layer)), wide(memory.values(layer))));
                         }
@@ -183,6 +188,7 @@ fn oracle(folder: &Path, context: &[u32], seen: &dyn Fn(usize) -> Vec<Arc<Loaded
                 }
             }
         }
+        all_attended.push(attended[r..].concat());
         let add = |x: &mut Vec<Vec<f64>>, y: Vec<Vec<f64>>| {
             x.iter_mut().zip(y).for_each(|(x, y)| x.iter_mut().zip(y).for_each(|(x, y)| *x += y));
         };
@@ -197,7 +203,7 @@ fn oracle(folder: &Path, context: &[u32], seen: &dyn Fn(usize) -> Vec<Arc<Loaded
     }
     let normed = rms(&mut reader, "model.norm", &x, d, c.rms_norm_eps);
     let head = if c.tie_word_embeddings { "model.embed_tokens" } else { "lm_head" };
-    linear(&mut reader, head, &normed[r..], c.vocab_size, false).concat()
+    (linear(&mut reader, head, &normed[r..], c.vocab_size, false).concat(), all_attended)
 }
 
 #[test]
@@ -208,8 +214,8 @@ fn logits_with_memories_that_change_are_those_of_the_naive_oracle_in_chunks_and_
         // Tokens 0..12 see three memories, 12..20 none, 20..30 one other and the short one.
         let parts = [(0..12, all[..3].to_vec()), (12..20, vec![]), (20..30, vec![all[3].clone(), all[1].clone()])];
         let seen = |at: usize| parts.iter().find(|(range, _)| range.contains(&at)).unwrap().1.clone();
-        let expected = oracle(folder.path(), &text, &seen);
-        let without = oracle(folder.path(), &text, &|_| vec![]);
+        let (expected, _) = oracle(folder.path(), &text, &seen);
+        let (without, _) = oracle(folder.path(), &text, &|_| vec![]);
         let differ = expected.iter().zip(&without).fold(0.0_f64, |max, (a, b)| max.max((a - b).abs()));
         assert!(differ > 1e-2, "{family}: memories must matter here, {differ}");
         let model = load(folder.path(), DType::F32);
