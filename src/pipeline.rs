@@ -195,7 +195,7 @@ pub fn compile(
     // 5. Publish.
     progress.enter(Phase::Publish);
     let tombstones = writer.still_unclaimed(std::mem::take(&mut run.plan.dead))?;
-    let quality = gate::check(config, &opened, &codec.set, &mut writer, &tombstones)?;
+    let quality = gate::check(config, &opened, &codec.set, &mut writer, &tombstones, &progress.gate)?;
     let input = PublishInput {
         codec: codec.description(),
         codec_files: codec.set.files(),

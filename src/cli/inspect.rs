@@ -236,11 +236,10 @@ impl<'a> Inspection<'a> {
     /// What reading a sample of the memories loses, by layer.
     fn reading_lines(&self, loss: &ReadingLoss) -> String {
         let ReadingLoss { memories, tokens, selected, quantized, .. } = loss;
-        let mut text = format!(
-            "reading      {memories} memories read with {tokens} tokens, against all tokens of their chunks\n  \
-             layer          attention error          KL of next tokens, nats\n  \
-                              selected  + quantized     selected  + quantized\n"
-        );
+        let mut text =
+            format!("reading      {memories} memories read with {tokens} tokens, against all tokens of their chunks\n");
+        text += "  layer            attention error            KL of next tokens, nats\n";
+        text += "                   selected  + quantized     selected  + quantized\n";
         let mut line = |name: &str, figures: [Option<&f64>; 4]| {
             let figures = figures.map(|figure| figure.map_or_else(String::new, |figure| format!("{figure:.6}")));
             let [a, b, c, d] = figures;

@@ -8,8 +8,10 @@
 
 use std::collections::BTreeMap;
 
+use cpu_time::ProcessTime;
 use serde_json::Value;
 
+use super::progress::StageMeter;
 use super::{Opened, PipelineError};
 use crate::bank::{BankWriter, RowId, SampledRecord};
 use crate::codec::CodecSet;
@@ -31,6 +33,7 @@ pub(super) fn check(
     codec: &CodecSet,
     writer: &mut BankWriter,
     dead: &[RowId],
+    meter: &StageMeter,
 ) -> Result<BTreeMap<String, Value>, PipelineError> {
     let published = writer.published().and_then(|manifest| manifest.quality.get(READING)).cloned();
     let fingerprint = writer.spec().fingerprint.id_hex();
@@ -42,7 +45,13 @@ pub(super) fn check(
     let known = published.and_then(|value| serde_json::from_value::<ReadingLoss>(value).ok());
     let loss = match known.filter(|known| known.sample == name) {
         Some(known) => known,
-        None => ReadingLoss { sample: name, ..read_back(config, opened, codec, &sample)? },
+        None => {
+            // Nothing else runs meanwhile.
+            let started = ProcessTime::now();
+            let loss = read_back(config, opened, codec, &sample)?;
+            meter.add(sample.len(), started.elapsed());
+            ReadingLoss { sample: name, ..loss }
+        }
     };
     let value = serde_json::to_value(&loss).unwrap_or_default();
     match refusal(&config.quality, &loss) {
