@@ -18,7 +18,10 @@ use crate::codec::CodecSet;
 use crate::config::{Config, QualityConfig};
 use crate::model::{MAX_CHUNK_TOKENS, MemorySpec};
 use crate::read::quality::{Probe, ReadingLoss, measure};
-use crate::read::{CHUNK, LoadedMemory, ReadModel};
+use crate::read::{LoadedMemory, ReadModel};
+
+/// Tokens that read a memory. Few, because the whole model reads them `2 * layers + 3` times.
+const READER_TOKENS: usize = 16;
 
 /// Name of the figures in the manifest.
 pub(crate) const READING: &str = "reading";
@@ -81,7 +84,7 @@ fn read_back(
     let (encoder, prefix) = (&opened.encoder, opened.chunker.prefix());
     let layers = encoder.layers().to_vec();
     let spec = MemorySpec { layers, slots: config.model.tokens_per_head, score: config.model.score };
-    let positions = prefix.len() + MAX_CHUNK_TOKENS + CHUNK;
+    let positions = prefix.len() + MAX_CHUNK_TOKENS + READER_TOKENS;
     let model = ReadModel::load(&config.model.path, prefix, &spec, opened.dtype, positions)?;
     let shape = encoder.shape();
     let probes = sample.iter().map(|SampledRecord { record, next }| {
@@ -89,7 +92,7 @@ fn read_back(
         let reader = next.as_ref().unwrap_or(record).token_ids;
         Probe {
             chunk: record.token_ids,
-            reader: &reader[..reader.len().min(CHUNK)],
+            reader: &reader[..reader.len().min(READER_TOKENS)],
             decoded: LoadedMemory::new(record.id, shape, record.count, vectors, record.tokens.to_vec()),
         }
     });

@@ -16,6 +16,9 @@ use super::memories::LoadedMemory;
 use super::model::{ReadModel, Turn, Wanted};
 use crate::memory::MemoryShape;
 
+/// Times that a text is read together: the rows of one are too few for fast products.
+const TOGETHER: usize = 16;
+
 /// A memory to be measured.
 #[derive(Clone, Debug)]
 pub struct Probe<'a> {
@@ -71,7 +74,8 @@ struct Pass {
     attended: Vec<Vec<f32>>,
 }
 
-/// Reads each memory three times: all tokens of its chunk, the selected ones, and what the bank holds.
+/// Reads each text with all tokens of the chunk, with the selected ones, and with what the bank holds, the latter two at each
+/// layer alone and at all.
 ///
 /// # Errors
 /// As [`ReadModel::forward`].
@@ -90,41 +94,52 @@ pub fn measure(model: &ReadModel, probes: &[Probe<'_>]) -> Result<ReadingLoss, R
 
 /// The sums of the selected tokens and of the decoded memory.
 fn losses_of(model: &ReadModel, probe: &Probe<'_>) -> Result<[Sums; 2], ReadError> {
+    let (layers, vocabulary) = (model.memory_layers(), model.config().vocab_size);
     let dense = Arc::new(model.dense(probe.decoded.id(), probe.chunk)?);
-    let selected = Arc::new(selected(&dense, &probe.decoded));
-    let decoded = Arc::new(probe.decoded.clone());
-    let layers = dense.shape().layers;
-    let whole = read(model, probe.reader, |_| &dense)?;
-    let sums = [selected, decoded].map(|memory| -> Result<Sums, ReadError> {
-        let mut sums = Sums::of(layers);
-        for layer in 0..layers {
-            let pass = read(model, probe.reader, |at| if at == layer { &memory } else { &dense })?;
+    let memories = [Arc::new(selected(&dense, &probe.decoded)), Arc::new(probe.decoded.clone())];
+    let whole = read(model, probe.reader, &[vec![&dense; layers]])?.remove(0);
+    // Each side at each layer alone, and at all.
+    let places = || (0..layers).map(Some).chain([None]);
+    let variants: Vec<(usize, Option<usize>)> =
+        (0..2).flat_map(|side| places().map(move |place| (side, place))).collect();
+    let mut sums = [Sums::of(layers), Sums::of(layers)];
+    for variants in variants.chunks(TOGETHER) {
+        let memory_at = |&(side, place): &(usize, Option<usize>)| {
+            let replaced = |at| place.is_none_or(|place| place == at);
+            (0..layers).map(|at| if replaced(at) { &memories[side] } else { &dense }).collect::<Vec<_>>()
+        };
+        let passes = read(model, probe.reader, &variants.iter().map(memory_at).collect::<Vec<_>>())?;
+        for (&(side, place), pass) in variants.iter().zip(passes) {
+            let (sums, divergence) = (&mut sums[side], divergence(&whole.logits, &pass.logits, vocabulary));
+            let Some(layer) = place else {
+                sums.divergence_together = divergence;
+                continue;
+            };
+            sums.divergence[layer] = divergence;
             for (&o, &other) in whole.attended[layer].iter().zip(&pass.attended[layer]) {
                 let (o, other) = (f64::from(o), f64::from(other));
                 sums.squared_error[layer] += (o - other) * (o - other);
                 sums.squared_length[layer] += o * o;
             }
-            sums.divergence[layer] = divergence(&whole.logits, &pass.logits, model.config().vocab_size);
         }
-        let pass = read(model, probe.reader, |_| &memory)?;
-        sums.divergence_together = divergence(&whole.logits, &pass.logits, model.config().vocab_size);
-        Ok(sums)
-    });
-    let [selected, decoded] = sums;
-    Ok([selected?, decoded?])
+    }
+    Ok(sums)
 }
 
-/// Reads a text with one memory, which may be another at each memory layer.
-fn read<'m>(
-    model: &ReadModel,
-    tokens: &[u32],
-    memory_at: impl Fn(usize) -> &'m Arc<LoadedMemory>,
-) -> Result<Pass, ReadError> {
-    let mut context = model.context()?;
-    let layers = model.memory_layers();
-    context.watch((0..layers).map(|layer| vec![Arc::clone(memory_at(layer))]).collect());
-    let logits = model.forward(&mut [Turn { context: &mut context, tokens }], Wanted::All)?;
-    Ok(Pass { logits, attended: context.watched() })
+/// Reads a text several times, each time with one memory at each memory layer.
+fn read(model: &ReadModel, tokens: &[u32], memories: &[Vec<&Arc<LoadedMemory>>]) -> Result<Vec<Pass>, ReadError> {
+    let mut contexts = memories.iter().map(|_| model.context()).collect::<Result<Vec<_>, _>>()?;
+    for (context, memories) in contexts.iter_mut().zip(memories) {
+        context.watch(memories.iter().map(|&memory| vec![Arc::clone(memory)]).collect());
+    }
+    let mut turns: Vec<Turn<'_>> = contexts.iter_mut().map(|context| Turn { context, tokens }).collect();
+    let logits = model.forward(&mut turns, Wanted::All)?;
+    let logits = logits.chunks_exact(tokens.len() * model.config().vocab_size);
+    Ok(contexts
+        .into_iter()
+        .zip(logits)
+        .map(|(context, logits)| Pass { logits: logits.to_vec(), attended: context.watched() })
+        .collect())
 }
 
 /// Of a memory that holds all tokens those that another one kept.
