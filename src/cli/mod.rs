@@ -8,6 +8,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod bench_read;
+mod bench_report;
 mod compile;
 mod cost;
 mod events;
@@ -19,9 +21,11 @@ mod options;
 mod output;
 mod plan;
 mod progress;
+mod reading;
 mod repair;
 mod search;
 mod show;
+mod trace;
 mod verify;
 
 /// How a verb ended.
@@ -98,7 +102,9 @@ enum Verb {
     /// Publish an earlier generation again
     Rollback(maintain::RollbackArgs),
     /// Go on with a text, reading memories
-    Generate(generate::GenerateArgs),
+    Generate(Box<generate::GenerateArgs>),
+    /// Measure tokens a second with memories and without
+    BenchRead(Box<bench_read::BenchReadArgs>),
     /// Find the records nearest to a text
     Search(search::SearchArgs),
     /// Show one record: its text, with the tokens that each layer and head kept
@@ -128,6 +134,7 @@ pub fn run() -> ExitCode {
         Verb::Generations(args) => maintain::generations(&cli.global, args),
         Verb::Rollback(args) => maintain::rollback(&cli.global, args),
         Verb::Generate(args) => generate::run(&cli.global, args),
+        Verb::BenchRead(args) => bench_read::run(&cli.global, args),
         Verb::Search(args) => search::run(&cli.global, args),
         Verb::Show(args) => show::run(&cli.global, args),
         Verb::Inspect(args) => inspect::run(&cli.global, args),

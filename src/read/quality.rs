@@ -130,7 +130,7 @@ fn losses_of(model: &ReadModel, probe: &Probe<'_>) -> Result<[Sums; 2], ReadErro
 fn read(model: &ReadModel, tokens: &[u32], memories: &[Vec<&Arc<LoadedMemory>>]) -> Result<Vec<Pass>, ReadError> {
     let mut contexts = memories.iter().map(|_| model.context()).collect::<Result<Vec<_>, _>>()?;
     for (context, memories) in contexts.iter_mut().zip(memories) {
-        context.watch(memories.iter().map(|&memory| vec![Arc::clone(memory)]).collect());
+        context.probe(memories.iter().map(|&memory| vec![Arc::clone(memory).into()]).collect());
     }
     let mut turns: Vec<Turn<'_>> = contexts.iter_mut().map(|context| Turn { context, tokens }).collect();
     let logits = model.forward(&mut turns, Wanted::All)?;
@@ -138,7 +138,7 @@ fn read(model: &ReadModel, tokens: &[u32], memories: &[Vec<&Arc<LoadedMemory>>])
     Ok(contexts
         .into_iter()
         .zip(logits)
-        .map(|(context, logits)| Pass { logits: logits.to_vec(), attended: context.watched() })
+        .map(|(context, logits)| Pass { logits: logits.to_vec(), attended: context.probed() })
         .collect())
 }
 

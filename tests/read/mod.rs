@@ -1,6 +1,7 @@
-//! Reading through its public interface: memories of a bank, logits.
+//! Reading through its public interface: memories of a bank, logits, sequences, texts.
 
 mod generate;
 mod memories;
 mod model;
 mod quality;
+mod session;

@@ -74,16 +74,16 @@ fn losses_are_those_of_the_naive_oracle() {
         assert_eq!((loss.memories, loss.tokens), (1, 20));
         let run = |memory: &LoadedMemory| {
             let memory = Arc::new(memory.clone());
-            oracle(folder.path(), &reader, &move |_| vec![Arc::clone(&memory)])
+            oracle(folder.path(), &reader, &move |_| vec![Arc::clone(&memory).into()])
         };
-        let (logits, attended) = run(&dense);
-        let together = divergence(&logits, &run(&decoded).0, vocabulary);
+        let whole = run(&dense);
+        let together = divergence(&whole.logits, &run(&decoded).logits, vocabulary);
         assert!(together > 1e-4, "{family}: the change must matter, {together}");
         close(loss.quantized.kl_together, together, family);
         for layer in 0..dense.shape().layers {
-            let (other_logits, other_attended) = run(&mixed(layer, &decoded, &dense));
-            close(loss.quantized.kl[layer], divergence(&logits, &other_logits, vocabulary), family);
-            let pairs = attended[layer].iter().zip(&other_attended[layer]);
+            let other = run(&mixed(layer, &decoded, &dense));
+            close(loss.quantized.kl[layer], divergence(&whole.logits, &other.logits, vocabulary), family);
+            let pairs = whole.attended[layer].iter().zip(&other.attended[layer]);
             let (error, length) =
                 pairs.fold((0.0, 0.0), |(e, l), (o, other)| (e + (o - other) * (o - other), l + o * o));
             close(loss.quantized.attention_error[layer], error / length, family);
