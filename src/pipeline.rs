@@ -29,7 +29,7 @@ pub use reencode::{Differing, Reencoding, reencode};
 pub use report::{BankReport, ChunkCounts, DocumentCounts, RunReport, StageReport};
 
 use crate::bank::{BankLock, BankWriter, DiskIo, Manifest, PublishInput, RetrievalSpec};
-use crate::codec::{CodecSet, GpuCodecSet};
+use crate::codec::{Codec, CodecSet, GpuCodecSet};
 use crate::config::Config;
 use crate::corpus::{Chunker, Corpus, CorpusOptions, Ledger, Skipped};
 use crate::embed::{self, TextEmbedder};
@@ -251,8 +251,13 @@ fn on_gpu<'a>(
     codec: &CodecSet,
 ) -> Result<Option<(&'a GpuModel, GpuCodecSet)>, ModelError> {
     let Some(model) = encoder.gpu() else { return Ok(None) };
-    let codec = GpuCodecSet::new(model.gpu(), codec, encoder.shape(), encoder.chunks_per_call())?;
-    Ok(codec.map(|codec| (model, codec)))
+    let on_gpu = GpuCodecSet::new(model.gpu(), codec, encoder.shape(), encoder.chunks_per_call())?;
+    if on_gpu.is_none() && codec.codecs().iter().any(|codec| matches!(codec, Codec::Faiss(_))) {
+        tracing::warn!(
+            "the GPU has no kernels for this quantizer: the processor makes the codes, which may take longer than the model"
+        );
+    }
+    Ok(on_gpu.map(|codec| (model, codec)))
 }
 
 fn create_ledger(path: &Path) -> Result<Ledger, PipelineError> {

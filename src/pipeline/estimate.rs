@@ -224,7 +224,7 @@ pub fn estimate(config: &Config, mode: Mode, progress: &Progress, stop: &StopFla
     let calibration = Calibration::run(config, &opened, &tried, &texts, spec, set)?;
     let train = if codec.of_bank { SampleSize::default() } else { sample };
     let known = [("open", 1, open_time), ("survey", survey.chunks, survey_time)];
-    let time = calibration.outlook(&opened, known, &codec, &train, &bank);
+    let time = calibration.outlook(&opened, known, &codec, &train, &bank, config.quality.sample);
 
     // 5. Memory and disk.
     let memory = memory_needs(config, &bank, &train, &shape);
@@ -417,6 +417,9 @@ fn assumptions(
     }
     if plan.changed + plan.vanished > 0 {
         assumed.push("records of changed and vanished documents stay in the index; it will be smaller".to_owned());
+    }
+    if config.quality.sample > 0 && plan.unchanged > 0 {
+        assumed.push("memories are read back; a sample that stays what it was is not".to_owned());
     }
     if config.corpus.max_chunks.is_some() {
         assumed.push("the corpus is cut by max_chunks".to_owned());

@@ -51,7 +51,7 @@ pub(super) fn check(
         None => {
             // Nothing else runs meanwhile.
             let started = ProcessTime::now();
-            let loss = read_back(config, opened, codec, &sample)?;
+            let loss = Reader::open(config, opened)?.read(codec, &sample)?;
             meter.add(sample.len(), started.elapsed());
             ReadingLoss { sample: name, ..loss }
         }
@@ -75,28 +75,43 @@ fn name_of(sample: &[SampledRecord<'_>], fingerprint: &str) -> String {
     hasher.finalize().to_hex()[..16].to_owned()
 }
 
-fn read_back(
-    config: &Config,
-    opened: &Opened,
-    codec: &CodecSet,
-    sample: &[SampledRecord<'_>],
-) -> Result<ReadingLoss, PipelineError> {
-    let (encoder, prefix) = (&opened.encoder, opened.chunker.prefix());
-    let layers = encoder.layers().to_vec();
-    let spec = MemorySpec { layers, slots: config.model.tokens_per_head, score: config.model.score };
-    let positions = prefix.len() + MAX_CHUNK_TOKENS + READER_TOKENS;
-    let model = ReadModel::load(&config.model.path, prefix, &spec, opened.dtype, positions)?;
-    let shape = encoder.shape();
-    let probes = sample.iter().map(|SampledRecord { record, next }| {
-        let vectors = codec.decode_memory(record.codes, record.count, &shape);
-        let reader = next.as_ref().unwrap_or(record).token_ids;
-        Probe {
-            chunk: record.token_ids,
-            reader: &reader[..reader.len().min(READER_TOKENS)],
-            decoded: LoadedMemory::new(record.id, shape, record.count, vectors, record.tokens.to_vec()),
-        }
-    });
-    Ok(measure(&model, &probes.collect::<Vec<_>>())?)
+/// The model that reads back.
+pub(super) struct Reader<'a> {
+    opened: &'a Opened,
+    model: ReadModel,
+}
+
+impl<'a> Reader<'a> {
+    /// Loads the model that `opened` writes with, all of it.
+    ///
+    /// # Errors
+    /// As [`ReadModel::load`].
+    pub(super) fn open(config: &Config, opened: &'a Opened) -> Result<Self, PipelineError> {
+        let prefix = opened.chunker.prefix();
+        let layers = opened.encoder.layers().to_vec();
+        let spec = MemorySpec { layers, slots: config.model.tokens_per_head, score: config.model.score };
+        let positions = prefix.len() + MAX_CHUNK_TOKENS + READER_TOKENS;
+        let model = ReadModel::load(&config.model.path, prefix, &spec, opened.dtype, positions)?;
+        Ok(Self { opened, model })
+    }
+
+    /// Reads a sample back.
+    ///
+    /// # Errors
+    /// As [`measure`].
+    pub(super) fn read(&self, codec: &CodecSet, sample: &[SampledRecord<'_>]) -> Result<ReadingLoss, PipelineError> {
+        let shape = self.opened.encoder.shape();
+        let probes = sample.iter().map(|SampledRecord { record, next }| {
+            let vectors = codec.decode_memory(record.codes, record.count, &shape);
+            let reader = next.as_ref().unwrap_or(record).token_ids;
+            Probe {
+                chunk: record.token_ids,
+                reader: &reader[..reader.len().min(READER_TOKENS)],
+                decoded: LoadedMemory::new(record.id, shape, record.count, vectors, record.tokens.to_vec()),
+            }
+        });
+        Ok(measure(&self.model, &probes.collect::<Vec<_>>())?)
+    }
 }
 
 /// Why figures must not be published, if they must not.

@@ -54,7 +54,12 @@ fn a_plan_predicts_the_bytes_and_the_codec_of_a_new_bank() {
     let program = Program::new();
     corpus(&program, 150);
     let args = ["corpus", "--records-per-shard", "64", "--codec", "Residual2x4,PQ4x4"];
-    let (plan, _) = predicted_is_real(&program, "bank", &args);
+    let (plan, report) = predicted_is_real(&program, "bank", &args);
+    let gate = |stages: Vec<(String, u64)>| stages.into_iter().find(|(name, _)| name == "gate");
+    assert_eq!(
+        (gate(stages(&plan)), gate(stages(&report))),
+        (Some(("gate".to_owned(), 8)), Some(("gate".to_owned(), 8)))
+    );
     assert!(plan["bank"]["new"]["shards"].as_array().unwrap().len() > 1);
     assert!(plan["time"]["cpu_seconds"].as_f64().unwrap() > 0.0);
     assert!(plan["memory"]["compile_bytes"].as_u64() > plan["bank"]["retrieval"]["bytes"].as_u64());

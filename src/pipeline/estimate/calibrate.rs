@@ -17,7 +17,7 @@ use crate::pipeline::codec_training::ChosenCodec;
 use crate::pipeline::progress::Progress;
 use crate::pipeline::settled::bank_spec;
 use crate::pipeline::stages::on_all;
-use crate::pipeline::{PipelineError, report};
+use crate::pipeline::{PipelineError, gate, report};
 
 /// Chunks that are tried.
 pub(super) const CHUNKS: usize = 96;
@@ -75,6 +75,8 @@ pub(super) struct Calibration {
     embed: Trial,
     /// For each chunk.
     write: Trial,
+    /// Loading the model that reads memories back, and for each memory.
+    gate: (Trial, Trial),
     /// For the calibration's own bank.
     publish: Trial,
     training: Training,
@@ -168,7 +170,7 @@ impl Calibration {
         let (vectors, embed_time) = Trial::of(|| texts_of(texts))?;
 
         // 4. A bank of them.
-        let (write_time, publish) = try_bank(config, opened, set, chunks, texts, &memories, &codes, &vectors)?;
+        let (write_time, gate, publish) = try_bank(config, opened, set, chunks, texts, &memories, &codes, &vectors)?;
         let tokens: usize = chunks.iter().map(Vec::len).sum();
         let flop: f64 = chunks.iter().map(|chunk| flop(opened, chunk.len())).sum();
         let text: usize = texts.iter().map(String::len).sum();
@@ -179,6 +181,7 @@ impl Calibration {
             quantize: share(quantize_time, real(count * shape.vectors())),
             embed: share(embed_time, real(text)),
             write: share(write_time, real(count)),
+            gate,
             publish,
             training,
             text_per_token: real(text) / real(tokens.max(1)),
@@ -194,6 +197,7 @@ impl Calibration {
         codec: &CodecOutlook,
         sample: &SampleSize,
         bank: &BankSizes,
+        read_back: usize,
     ) -> TimeOutlook {
         let threads = rayon::current_num_threads();
         let vectors = opened.encoder.shape().vectors();
@@ -217,16 +221,23 @@ impl Calibration {
             ("embed", records, self.embed.times(tokens * self.text_per_token)),
             ("write", records, self.write.times(amount(records))),
         ];
+        let read_back = bank.records.min(read_back as u64);
+        let gate = match read_back {
+            0 => Trial::default(),
+            count => self.gate.0.and(self.gate.1.times(amount(count))),
+        };
+        let gate = ("gate", read_back, gate);
         let publish = ("publish", bank.records, self.publish.and(self.fill_index(bank)));
         // Stages share the cores; on a device, each also waits for its own answers.
         let cpu: f64 = stages.iter().map(|(_, _, time)| time.cpu).sum();
         let on_device = if opened.encoder.gpu().is_some() { stages[1].2.seconds + stages[2].2.seconds } else { 0.0 };
         let together = (cpu / real(threads)).max(on_device).max(stages[4].2.seconds);
-        let seconds = before.iter().map(|(_, _, time)| time.seconds).sum::<f64>() + together + publish.2.seconds;
+        let seconds =
+            before.iter().map(|(_, _, time)| time.seconds).sum::<f64>() + together + gate.2.seconds + publish.2.seconds;
         let stages: Vec<StageTime> = before
             .into_iter()
             .chain(stages)
-            .chain([publish])
+            .chain([gate, publish])
             .map(|(name, items, time)| StageTime { name, items, cpu_seconds: time.cpu })
             .collect();
         let cpu_seconds = stages.iter().map(|stage| stage.cpu_seconds).sum();
@@ -284,7 +295,8 @@ fn try_training(spec: &FactorySpec, dim: usize, memories: &[Memory]) -> Result<(
     Ok((training, codec))
 }
 
-/// Writes and publishes a bank of the tried chunks in a temporary folder.
+/// Writes a bank of the tried chunks in a temporary folder, reads some back, and publishes it. What reading back takes is
+/// said apart: loading the model, and each memory.
 #[allow(clippy::too_many_arguments)] // what the stages have made, used in one place
 fn try_bank(
     config: &Config,
@@ -295,7 +307,7 @@ fn try_bank(
     memories: &[Memory],
     codes: &[u8],
     vectors: &[f32],
-) -> Result<(Trial, Trial), PipelineError> {
+) -> Result<(Trial, (Trial, Trial), Trial), PipelineError> {
     let scratch = tempfile::tempdir().map_err(|source| PipelineError::Io { path: std::env::temp_dir(), source })?;
     let lock = BankLock::acquire(scratch.path())?;
     let mut writer = BankWriter::begin_locked(lock, bank_spec(config, opened, set), std::sync::Arc::new(DiskIo))?;
@@ -319,6 +331,14 @@ fn try_bank(
         }
         Ok(())
     })?;
+    let mut gate = (Trial::default(), Trial::default());
+    if config.quality.sample > 0 {
+        // As many as threads: they are read side by side.
+        let sample = writer.sample(&[], config.quality.sample.min(rayon::current_num_threads()))?;
+        let (reader, load) = Trial::of(|| gate::Reader::open(config, opened))?;
+        let (_, read) = Trial::of(|| reader.read(set, &sample))?;
+        gate = (load, read.times(1.0 / real(sample.len().max(1))));
+    }
     let chosen = ChosenCodec::untrained(set);
     let input = PublishInput {
         codec: chosen,
@@ -330,7 +350,7 @@ fn try_bank(
         keep_generations: 1,
     };
     let (_, publish) = Trial::of(|| Ok(writer.publish(input)?))?;
-    Ok((write, publish))
+    Ok((write, gate, publish))
 }
 
 /// FLOP of writing a chunk of so many tokens.
