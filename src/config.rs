@@ -322,9 +322,9 @@ impl Config {
             ("quality.max_kl", self.quality.max_kl),
         ];
         for (field, limit) in limits {
-            let limit = limit.unwrap_or(0.0);
+            let Some(limit) = limit else { continue };
             check(limit >= 0.0, field, &limit, "choose 0 or more, or leave it out")?;
-            check(limit == 0.0 || sample > 0, field, &limit, "nothing is measured while quality.sample is 0")?;
+            check(sample > 0, field, &limit, "nothing is measured while quality.sample is 0")?;
         }
         check(
             (1..=4096).contains(&self.run.batch_chunks),

@@ -82,6 +82,7 @@ pub fn compile(
     let opened = open(config)?;
     let retrieval = RetrievalSpec::of_setting(&config.retrieval.index);
     retrieval.check(opened.embedder.dim())?;
+    gate::foresee(config, &opened)?;
     let lock = if task.re_embed { re_embed(config, &opened, lock, progress)? } else { lock };
     let bank_codec = settled_codec(config, &opened)?;
     tell_skipped(&opened.corpus);
@@ -195,7 +196,11 @@ pub fn compile(
     // 5. Publish.
     progress.enter(Phase::Publish);
     let tombstones = writer.still_unclaimed(std::mem::take(&mut run.plan.dead))?;
-    let quality = gate::check(config, &opened, &codec.set, &mut writer, &tombstones, &progress.gate)?;
+    let measured = (&progress.gate, stop);
+    let Some(quality) = gate::check(config, &opened, &codec.set, &mut writer, &tombstones, measured)? else {
+        writer.finish_shard_now()?;
+        return Ok(run.stopped(totals, Some(kept_before + totals.chunks.encoded)));
+    };
     let input = PublishInput {
         codec: codec.description(),
         codec_files: codec.set.files(),

@@ -304,6 +304,16 @@ impl BankError {
         move |source| Self::Io { path, action, source }
     }
 
+    /// Did a drive have no room, which says nothing of what was read?
+    pub(crate) fn is_full_disk(&self) -> bool {
+        let full =
+            |source: &io::Error| matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
+        match self {
+            Self::Io { source, .. } | Self::Catalog { source: sled::Error::Io(source), .. } => full(source),
+            _ => false,
+        }
+    }
+
     /// Shorthand for a FAISS error.
     pub(crate) fn faiss(path: &Path, action: &'static str) -> impl FnOnce(faiss::error::Error) -> Self {
         let path = path.to_owned();

@@ -38,7 +38,7 @@ pub const MAX_ID_BYTES: usize = 4096;
 /// The widest key or value vector.
 pub const MAX_HEAD_DIM: usize = 1 << 14;
 /// The most token ids of one chunk: a token index is one byte.
-pub const MAX_CHUNK_TOKENS: usize = 256;
+pub const MAX_RECORD_TOKENS: usize = 256;
 
 /// One field of a table: its name, where it starts, how long it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -28,7 +28,7 @@ impl BankWriter {
     ///
     /// # Errors
     /// [`BankError::Corrupt`], [`BankError::Io`].
-    pub fn sample(&mut self, tombstones: &[RowId], count: usize) -> Result<Vec<SampledRecord<'_>>, BankError> {
+    pub fn sample<'a>(&'a mut self, tombstones: &[RowId], count: usize) -> Result<Vec<SampledRecord<'a>>, BankError> {
         self.close_shard()?;
         let dead = self.dead_rows(tombstones)?;
         let shards = &self.sequence.shards;
@@ -45,13 +45,17 @@ impl BankWriter {
                 }
             }
         }
-        let with_next = |record| Ok(SampledRecord { record, next: self.chunk_after(&record, &dead)? });
-        chosen.into_values().map(with_next).collect()
+        let sampled = |record: RecordRef<'a>| {
+            record.check_selection()?;
+            Ok(SampledRecord { next: self.chunk_after(&record, &dead)?, record })
+        };
+        chosen.into_values().map(sampled).collect()
     }
 
-    /// The chunk that follows a record's in a document, if one does.
+    /// Of the chunks that follow a record's in a live document the one with the least content hash.
     fn chunk_after(&self, record: &RecordRef<'_>, dead: &Tombstones) -> Result<Option<RecordRef<'_>>, BankError> {
         let shards = &self.sequence.shards;
+        let mut least: Option<RecordRef<'_>> = None;
         for (&number, shard) in shards {
             for entry in shard.uses_of(record.id)? {
                 let row = use_row(entry);
@@ -59,11 +63,15 @@ impl BankWriter {
                     continue;
                 }
                 let next = shard.document(row)?.chunks().nth(use_ordinal(entry) as usize + 1);
-                if let Some(next) = next.and_then(|chunk| Some((shards.get(&chunk.record.shard)?, chunk.record.slot))) {
-                    return next.0.record(next.1).map(Some);
+                let Some(next) = next.map(|chunk| chunk.record) else { continue };
+                let Some(home) = shards.get(&next.shard) else { continue };
+                if least.is_none()
+                    || least.is_some_and(|least| home.content(next.slot).is_ok_and(|own| own < least.content))
+                {
+                    least = Some(home.record(next.slot)?);
                 }
             }
         }
-        Ok(None)
+        Ok(least)
     }
 }

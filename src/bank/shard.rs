@@ -14,8 +14,8 @@ use std::sync::OnceLock;
 use crate::bank::documents::{DocumentRow, Use};
 use crate::bank::error::BankError;
 use crate::bank::layout::{
-    FORMAT_VERSION, PAGE, RecordLayout, SHARD_END_MAGIC, SectionKind, array_at, footer, record, section, text_block,
-    text_entry, trailer, u32_at, u64_at,
+    FORMAT_VERSION, MAX_RECORD_TOKENS, PAGE, RecordLayout, SHARD_END_MAGIC, SectionKind, array_at, footer, record,
+    section, text_block, text_entry, trailer, u32_at, u64_at,
 };
 use crate::bank::mmap::Map;
 use crate::bank::shard_header::ShardHeader;
@@ -273,7 +273,8 @@ impl Shard {
         let offsets: &[u64] = self.numbers(SectionKind::TokenOffsets)?;
         let (start, end) = (offsets[slot as usize], offsets[slot as usize + 1]);
         let all: &[u32] = self.unchecked_numbers(SectionKind::TokenIds)?;
-        slice(all, start, end).ok_or_else(|| {
+        let tokens = slice(all, start, end).filter(|tokens| tokens.len() <= MAX_RECORD_TOKENS);
+        tokens.ok_or_else(|| {
             let at = self.section_range(SectionKind::TokenOffsets).start + 8 * u64::from(slot);
             self.corrupt(at, "token offsets", format!("ascending, at most {}", all.len()), format!("{start}, {end}"))
         })

@@ -14,7 +14,7 @@ use crate::bank::documents::{Chunk, DocumentTable};
 use crate::bank::error::BankError;
 use crate::bank::io::{Io, IoFile};
 use crate::bank::layout::{
-    FORMAT_VERSION, MAX_CHUNK_TOKENS, MAX_TEXT_BYTES, PAGE, RecordLayout, SHARD_END_MAGIC, SectionKind, footer, put,
+    FORMAT_VERSION, MAX_RECORD_TOKENS, MAX_TEXT_BYTES, PAGE, RecordLayout, SHARD_END_MAGIC, SectionKind, footer, put,
     record, section, trailer,
 };
 use crate::bank::manifest::ShardEntry;
@@ -227,8 +227,8 @@ impl ShardWriter {
         equal("bytes of codes", self.layout.codes, new.codes.len())?;
         equal("width of the retrieval vector", self.header.vector_dim, new.vector.len())?;
         let length = new.token_ids.len();
-        if length == 0 || length > MAX_CHUNK_TOKENS {
-            return Err(BankError::bad_input("tokens of a chunk", format!("1 to {MAX_CHUNK_TOKENS}"), length));
+        if length == 0 || length > MAX_RECORD_TOKENS {
+            return Err(BankError::bad_input("tokens of a chunk", format!("1 to {MAX_RECORD_TOKENS}"), length));
         }
         if new.text.len() > MAX_TEXT_BYTES {
             let expected = format!("at most {MAX_TEXT_BYTES}");

@@ -5,8 +5,8 @@
 //! an error instead of a finding.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
+use std::{fs, io};
 
 use crate::bank::adopt::read_tombstones;
 use crate::bank::catalog::Catalog;
@@ -441,14 +441,17 @@ impl Check<'_> {
         if !path.exists() {
             return self.skip("catalog: there is none; the next compile builds it");
         }
-        // The lock is held while the catalog is copied. Where none can be made nobody writes.
+        // The lock is held while the catalog is copied. On a drive that cannot be written to nobody writes.
+        let read_only = |error: &BankError| matches!(error, BankError::Io { source, .. } if source.kind() == io::ErrorKind::ReadOnlyFilesystem);
         let copy = match BankLock::acquire(self.dir) {
-            Err(error @ BankError::Locked { .. }) => return self.skip(format!("catalog: {error}")),
+            Err(error) if !read_only(&error) => return self.skip(format!("catalog: {error}")),
             _lock => Catalog::open_copy(self.dir),
         };
         match copy.and_then(|(_folder, catalog)| self.catalog_entries(&catalog, &path)) {
             Ok(()) => {}
-            Err(error @ BankError::Catalog { .. }) => self.find(Finding::CatalogUnreadable { error }),
+            Err(error @ BankError::Catalog { .. }) if !error.is_full_disk() => {
+                self.find(Finding::CatalogUnreadable { error })
+            }
             Err(error) => self.skip(format!("catalog: {error}")),
         }
     }

@@ -75,6 +75,17 @@ impl WeightFiles {
         Ok(Self { files, index: Some((index_path, index)) })
     }
 
+    /// BLAKE3 in hexadecimal of all bytes of all files, in the order of their names.
+    pub fn hash_all(&self) -> String {
+        let mut files: Vec<&(PathBuf, Mmap)> = self.files.iter().collect();
+        files.sort_by_key(|(path, _)| path);
+        let mut hasher = blake3::Hasher::new();
+        files.into_iter().for_each(|(_, bytes)| {
+            hasher.update_rayon(bytes);
+        });
+        hasher.finalize().to_hex().to_string()
+    }
+
     /// Parses the headers of all files and starts a hash.
     ///
     /// # Errors
@@ -152,6 +163,14 @@ impl WeightReader<'_> {
         }
         self.hasher.update_rayon(bytes);
         Ok(values)
+    }
+
+    /// Is there a tensor of this name, `model.` left out or not?
+    ///
+    /// # Errors
+    /// [`ModelError::MissingTensor`].
+    pub fn require(&self, name: &str) -> Result<(), ModelError> {
+        find(&self.files, self.index, name).map(|_| ())
     }
 
     /// BLAKE3 in hexadecimal of everything read so far.

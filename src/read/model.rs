@@ -132,6 +132,28 @@ impl ReadModel {
         Ok(model)
     }
 
+    /// Looks whether the model in `dir` could be loaded, without reading weights.
+    ///
+    /// # Errors
+    /// [`ReadError::Positions`]; a tensor that is not there.
+    pub fn check(dir: &Path, positions: usize) -> Result<(), ReadError> {
+        let config = ModelConfig::from_dir(dir)?;
+        let (most, field) = config.max_positions;
+        if positions > most {
+            return Err(ReadError::Positions { positions, most, field });
+        }
+        let files = WeightFiles::open(dir)?;
+        let reader = files.reader()?;
+        for layer in 0..config.num_hidden_layers {
+            reader.require(&format!("model.layers.{layer}.mlp.down_proj.weight"))?;
+        }
+        reader.require("model.norm.weight")?;
+        if !config.tie_word_embeddings {
+            reader.require("lm_head.weight")?;
+        }
+        Ok(())
+    }
+
     fn load_files(
         config: ModelConfig,
         files: &WeightFiles,

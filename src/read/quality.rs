@@ -4,11 +4,10 @@
 //! selected tokens alone and for what the bank holds, against all tokens of the chunk: the error of the attention of each
 //! memory layer, and how far the next-token distribution diverges. A layer's figures are taken with that layer alone
 //! replaced, so that its queries are those of the dense run. What always holds: figures do not depend on the number of
-//! threads.
+//! threads, and a figure that is no number comes out as none.
 
 use std::sync::Arc;
 
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::error::ReadError;
@@ -39,6 +38,13 @@ pub struct Losses {
     pub kl: Vec<f64>,
     /// The same with all memory layers replaced.
     pub kl_together: f64,
+}
+
+impl Losses {
+    /// All figures.
+    pub fn figures(&self) -> impl Iterator<Item = f64> {
+        self.attention_error.iter().chain(&self.kl).copied().chain([self.kl_together])
+    }
 }
 
 /// The figures of a sample.
@@ -75,21 +81,30 @@ struct Pass {
 }
 
 /// Reads each text with all tokens of the chunk, with the selected ones, and with what the bank holds, the latter two at each
-/// layer alone and at all.
+/// layer alone and at all. One probe after the other: a pass takes all threads. `goes_on` is asked behind each; without it
+/// there are no figures.
 ///
 /// # Errors
 /// As [`ReadModel::forward`].
-pub fn measure(model: &ReadModel, probes: &[Probe<'_>]) -> Result<ReadingLoss, ReadError> {
-    let sums = probes.par_iter().map(|probe| losses_of(model, probe)).collect::<Result<Vec<_>, _>>()?;
-    let tokens = probes.iter().map(|probe| probe.reader.len() as u64).sum();
-    // In the order of the probes: sums of floats depend on it.
-    let total = |side: usize| {
-        let mut total = Sums::default();
-        sums.iter().for_each(|sums| total.add(&sums[side]));
-        total.losses(tokens)
-    };
-    let (selected, quantized) = (total(0), total(1));
-    Ok(ReadingLoss { sample: String::new(), memories: probes.len() as u64, tokens, selected, quantized })
+pub fn measure<'a>(
+    model: &ReadModel,
+    probes: impl Iterator<Item = Probe<'a>>,
+    mut goes_on: impl FnMut() -> bool,
+) -> Result<Option<ReadingLoss>, ReadError> {
+    let (mut selected, mut quantized) = (Sums::of(model.memory_layers()), Sums::of(model.memory_layers()));
+    let (mut memories, mut tokens) = (0, 0);
+    for probe in probes {
+        let [first, second] = losses_of(model, &probe)?;
+        selected.add(&first);
+        quantized.add(&second);
+        memories += 1;
+        tokens += probe.reader.len() as u64;
+        if !goes_on() {
+            return Ok(None);
+        }
+    }
+    let (selected, quantized) = (selected.losses(tokens), quantized.losses(tokens));
+    Ok(Some(ReadingLoss { sample: String::new(), memories, tokens, selected, quantized }))
 }
 
 /// The sums of the selected tokens and of the decoded memory.
@@ -173,8 +188,9 @@ fn divergence(logits: &[f32], others: &[f32], vocabulary: usize) -> f64 {
             let (log_p, log_q) = (f64::from(logit) - norm, f64::from(other) - other_norm);
             log_p.exp() * (log_p - log_q)
         };
-        // Rounding must not give less than nothing.
-        logits.iter().zip(others).map(term).sum::<f64>().max(0.0)
+        let sum: f64 = logits.iter().zip(others).map(term).sum();
+        // Rounding must not give less than nothing; what is no number stays none.
+        if sum < 0.0 { 0.0 } else { sum }
     })
     .sum()
 }
@@ -202,7 +218,6 @@ impl Sums {
             (&mut self.divergence, &other.divergence),
         ];
         for (sums, others) in pairs {
-            sums.resize(others.len(), 0.0);
             sums.iter_mut().zip(others).for_each(|(sum, other)| *sum += other);
         }
         self.divergence_together += other.divergence_together;

@@ -65,7 +65,7 @@ fn constants_and_sections_of_the_document_are_those_of_the_code() {
         ("BLOCK_BYTES", layout::BLOCK_BYTES.to_string()),
         ("MAX_TEXT_BYTES", layout::MAX_TEXT_BYTES.to_string()),
         ("MAX_ID_BYTES", layout::MAX_ID_BYTES.to_string()),
-        ("MAX_CHUNK_TOKENS", layout::MAX_CHUNK_TOKENS.to_string()),
+        ("MAX_RECORD_TOKENS", layout::MAX_RECORD_TOKENS.to_string()),
         ("SHARD_MAGIC", hex(layout::SHARD_MAGIC)),
         ("SHARD_END_MAGIC", hex(layout::SHARD_END_MAGIC)),
         ("TOMBSTONES_MAGIC", hex(layout::TOMBSTONES_MAGIC)),

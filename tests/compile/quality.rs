@@ -64,7 +64,7 @@ fn nothing_is_measured_where_no_sample_is_asked_for() {
     program.write("corpus/a.txt", "A lamp.");
     program.compile("bank", &["corpus", "--codec", "none", "--quality-sample", "0"]).expect(0);
     assert_eq!(reading(&program, "bank"), Value::Null);
-    let error = program.compile("bank", &["corpus", "--quality-sample", "0", "--max-kl", "1"]).expect(2).stderr;
+    let error = program.compile("bank", &["corpus", "--quality-sample", "0", "--max-kl", "0"]).expect(2).stderr;
     assert!(error.contains("quality.max_kl") && error.contains("quality.sample is 0"), "{error}");
     // A text of few tokens is kept whole, and its only chunk reads itself.
     program.compile("bank", &["corpus", "--codec", "none", "--quality-sample", "3"]).expect(0);

@@ -70,7 +70,7 @@ fn losses_are_those_of_the_naive_oracle() {
         let dense = model.dense(ID, &chunk).unwrap();
         let decoded = noisy(&written(folder.path(), &chunk));
         let probe = Probe { chunk: &chunk, reader: &reader, decoded: decoded.clone() };
-        let loss = measure(&model, &[probe]).unwrap();
+        let loss = measure(&model, [probe].into_iter(), || true).unwrap().unwrap();
         assert_eq!((loss.memories, loss.tokens), (1, 20));
         let run = |memory: &LoadedMemory| {
             let memory = Arc::new(memory.clone());
@@ -103,16 +103,30 @@ fn leaving_tokens_out_is_lost_by_selection_and_storing_them_exactly_adds_nothing
     let probes = |decoded: &dyn Fn(&[u32]) -> LoadedMemory| -> Vec<Probe<'_>> {
         chunks.iter().map(|chunk| Probe { chunk, reader: &reader, decoded: decoded(chunk) }).collect()
     };
-    let exact = measure(&model, &probes(&|chunk| written(folder.path(), chunk))).unwrap();
+    let run = |decoded: &dyn Fn(&[u32]) -> LoadedMemory| {
+        measure(&model, probes(decoded).into_iter(), || true).unwrap().unwrap()
+    };
+    let exact = run(&|chunk| written(folder.path(), chunk));
     assert!(exact.selected.kl_together > 0.0 && exact.selected.attention_error.iter().all(|&error| error > 0.0));
     let near = |a: f64, b: f64| (a - b).abs() <= 2e-6 + 1e-3 * a;
     assert!(near(exact.selected.kl_together, exact.quantized.kl_together), "{exact:?}");
-    let noisy = measure(&model, &probes(&|chunk| noisy(&written(folder.path(), chunk)))).unwrap();
+    let noisy = run(&|chunk| noisy(&written(folder.path(), chunk)));
     assert_eq!(noisy.selected, exact.selected);
     assert!(noisy.quantized.kl_together > exact.quantized.kl_together, "{noisy:?}");
-    // The same on one thread, and in any split.
+    // What is no number does not look like none lost.
+    let broken = run(&|chunk| changed(&written(folder.path(), chunk), |at, x| if at == 3 { f32::NAN } else { x }));
+    assert!(broken.quantized.kl_together.is_nan() && broken.quantized.attention_error[0].is_nan(), "{broken:?}");
+    assert!(broken.selected.figures().all(f64::is_finite));
+    // Told to stop, it has no figures.
+    let mut asked = 0;
+    let stopped = measure(&model, probes(&|chunk| written(folder.path(), chunk)).into_iter(), || {
+        asked += 1;
+        asked < 2
+    });
+    assert!(stopped.unwrap().is_none() && asked == 2);
+    // The same on one thread.
     let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
-    let again = one.install(|| measure(&model, &probes(&|chunk| written(folder.path(), chunk))).unwrap());
+    let again = one.install(|| run(&|chunk| written(folder.path(), chunk)));
     assert_eq!(again, exact);
 }
 

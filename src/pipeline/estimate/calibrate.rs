@@ -336,7 +336,7 @@ fn try_bank(
         // As many as threads: they are read side by side.
         let sample = writer.sample(&[], config.quality.sample.min(rayon::current_num_threads()))?;
         let (reader, load) = Trial::of(|| gate::Reader::open(config, opened))?;
-        let (_, read) = Trial::of(|| reader.read(set, &sample))?;
+        let (_, read) = Trial::of(|| reader.read(set, &sample, || true))?;
         gate = (load, read.times(1.0 / real(sample.len().max(1))));
     }
     let chosen = ChosenCodec::untrained(set);
