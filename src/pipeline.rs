@@ -115,7 +115,7 @@ pub fn compile(
     if stop.is_set() {
         return Ok(run.stopped(Totals::default(), None));
     }
-    run.plan = Plan::new(&survey, writer.as_ref(), task.mode, config.bank.max_shrink, max_chunks)?;
+    run.plan = Plan::new(&survey, writer.as_ref(), task.mode, &config.bank, max_chunks)?;
     // Set once a run.
     let _ = progress.plan.set(run.plan.clone());
     if task.dry_run {
@@ -128,7 +128,7 @@ pub fn compile(
         return Err(PipelineError::NothingToCompile { read: survey.read, ledger: ledger_path.to_owned() });
     }
     if let Some(reason) = run.plan.refused {
-        return Err(PipelineError::Shrink { reason });
+        return Err(PipelineError::Refused { reason });
     }
     tell_plan(&run.plan);
     let mut ledger = create_ledger(ledger_path)?;
@@ -170,7 +170,7 @@ pub fn compile(
         stop,
     };
     let result = stages.run(&writer, &mut ledger);
-    let writer = writer.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut writer = writer.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
     let totals = match result {
         Ok(totals) => totals,
         Err(error) => {
@@ -192,12 +192,14 @@ pub fn compile(
 
     // 5. Publish.
     progress.enter(Phase::Publish);
+    let dead = writer.still_unclaimed(std::mem::take(&mut run.plan.dead))?;
+    writer.restore(&run.plan.restored)?;
     let input = PublishInput {
         codec: codec.description(),
         codec_files: codec.set.files(),
         prefix: opened.encoder.prefix().to_safetensors_bytes()?,
         retrieval,
-        tombstones: writer.still_unclaimed(std::mem::take(&mut run.plan.dead))?,
+        tombstones: dead,
         quality: std::collections::BTreeMap::new(),
         keep_generations: config.bank.keep_generations,
     };

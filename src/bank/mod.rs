@@ -53,7 +53,7 @@ pub use manifest::{
 };
 pub use publish::{PublishInput, RetrievalSpec};
 pub use repair::{Repair, RepairOptions, repair};
-pub use replaced::Vanished;
+pub use replaced::Unclaimed;
 pub use retention::kept_generations;
 pub use retrieval::{RetrievalIndex, SearchParams};
 pub use rewrite::{Compaction, Embed, Leftovers, NewVectors, ShardLife};

@@ -229,6 +229,14 @@ impl BankWriter {
         })
     }
 
+    /// Takes a claim back: this pass has not seen the document after all.
+    ///
+    /// # Errors
+    /// [`BankError::Catalog`].
+    pub fn disclaim_document(&self, id: &str) -> Result<(), BankError> {
+        self.catalog.forget(id)
+    }
+
     /// Has the bank a live document with this id? Unlike a claim, this leaves no trace.
     ///
     /// # Errors
@@ -337,7 +345,7 @@ impl BankWriter {
     }
 
     /// The live row of a document and the hash of its text.
-    fn document_row(&self, id: &str) -> Result<Option<(RowId, ContentHash)>, BankError> {
+    pub(crate) fn document_row(&self, id: &str) -> Result<Option<(RowId, ContentHash)>, BankError> {
         match self.open_documents.get(id) {
             Some(&found) => Ok(Some(found)),
             None => self.closed_row(id),

@@ -66,9 +66,9 @@ pub enum PipelineError {
         /// Each field that differs.
         differences: Vec<FieldDifference>,
     },
-    /// More documents would vanish than the settings allow.
+    /// More documents would vanish or change than the settings allow.
     #[error("{reason}; nothing was changed")]
-    Shrink {
+    Refused {
         /// How many, some of them, and what to do.
         reason: String,
     },

@@ -184,7 +184,7 @@ pub fn estimate(config: &Config, mode: Mode, progress: &Progress, stop: &StopFla
     };
     let survey = surveyor.survey(writer.as_mut())?;
     let survey_time = Trial::since(cpu, wall);
-    let plan = Plan::new(&survey, writer.as_ref(), mode, config.bank.max_shrink, config.corpus.max_chunks)?;
+    let plan = Plan::new(&survey, writer.as_ref(), mode, &config.bank, config.corpus.max_chunks)?;
     let shape = opened.encoder.shape();
     let (codec, sample) = outlook(&opened, bank_codec.as_ref(), &survey, &shape)?;
 
@@ -304,7 +304,7 @@ fn size(
     let writer = std::cell::RefCell::new(writer);
     let look = |document: &Document, text_hash| match writer.borrow_mut().as_deref_mut() {
         Some(writer) => claim(writer, mode, &document.id, text_hash),
-        None if ids.insert(ContentHash::of_text(&document.id)) => Ok(Looked::Write { changed: false }),
+        None if ids.insert(ContentHash::of_text(&document.id)) => Ok(Looked::Write { replaces: None }),
         None => Ok(Looked::Rejected(crate::corpus::RejectReason::DuplicateId { first: None })),
     };
     for_each_chunked(&opened.corpus, &opened.chunker, config.corpus.max_chunks, None, look, |entry| {

@@ -11,9 +11,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rayon::prelude::*;
 
 use super::PipelineError;
-use super::plan::Mode;
+use super::plan::{Examples, Mode};
 use super::progress::{Progress, StopFlag};
-use crate::bank::{BankWriter, Claim};
+use crate::bank::{BankWriter, Claim, RowId};
 use crate::codec::sample::Sampler;
 use crate::corpus::{Chunk, Chunker, Corpus, Document, Entry, Ledger, RejectReason, Rejection};
 use crate::memory::ContentHash;
@@ -41,6 +41,8 @@ pub struct Survey {
     pub rejected: u64,
     /// Those of them whose ids are unknown: they may hide documents of the bank.
     pub blind: u64,
+    /// Published documents whose text the corpus changes.
+    pub(super) replaced: Examples,
     /// Ids of documents that the bank has and that cannot be used now.
     pub rejected_ids: HashSet<String>,
     /// Chunks of all documents, equal ones counted each time.
@@ -60,8 +62,8 @@ pub struct Survey {
 pub enum Looked {
     /// It is to be chunked and written.
     Write {
-        /// The bank has it with another text.
-        changed: bool,
+        /// Its row in the bank, with another text.
+        replaces: Option<RowId>,
     },
     /// The bank has it, with so many chunks and tokens; unknown while it lies in an open shard.
     Present(Option<(u64, u64)>),
@@ -78,8 +80,8 @@ pub enum Chunked {
         document: Document,
         /// Hash of its text.
         text_hash: ContentHash,
-        /// The bank has it with another text.
-        changed: bool,
+        /// Its row in the bank, with another text.
+        replaces: Option<RowId>,
         /// Its chunks.
         chunks: Vec<Chunk>,
     },
@@ -100,12 +102,23 @@ pub enum Chunked {
 /// [`PipelineError::Bank`].
 pub fn claim(writer: &mut BankWriter, mode: Mode, id: &str, text_hash: ContentHash) -> Result<Looked, PipelineError> {
     Ok(match (writer.claim_document(id, text_hash)?, mode) {
-        (Claim::New, _) => Looked::Write { changed: false },
-        (Claim::Changed(_), Mode::Match { .. }) => Looked::Write { changed: true },
+        (Claim::New, _) => Looked::Write { replaces: None },
+        (Claim::Changed(row), Mode::Match) => Looked::Write { replaces: Some(row) },
         (Claim::Changed(_), Mode::Append) => Looked::Rejected(RejectReason::OtherText),
         (Claim::Repeated, _) => Looked::Rejected(RejectReason::DuplicateId { first: None }),
         (Claim::Present(row), _) => Looked::Present(writer.row_size(row)?),
     })
+}
+
+/// Takes back the claim of a document that was found unusable after it: the pass has not seen its text.
+///
+/// # Errors
+/// [`PipelineError::Bank`].
+pub fn forget_claim(writer: &BankWriter, rejection: &Rejection) -> Result<(), PipelineError> {
+    if let (RejectReason::NotTokenized { .. }, Some(id)) = (&rejection.reason, &rejection.id) {
+        writer.disclaim_document(id)?;
+    }
+    Ok(())
 }
 
 /// Reads the corpus in order, asks `look` about each document, chunks those that are to be written, and gives every entry
@@ -137,7 +150,7 @@ pub fn for_each_chunked(
                 Entry::Document(document) => {
                     let text_hash = ContentHash::of_text(&document.text);
                     match look(&document, text_hash)? {
-                        Looked::Write { changed } => Ok((document, text_hash, Some(changed))),
+                        Looked::Write { replaces } => Ok((document, text_hash, Some(replaces))),
                         Looked::Present(None) => Ok((document, text_hash, None)),
                         Looked::Present(Some((chunks, tokens))) => Err(Chunked::Present { chunks, tokens }),
                         Looked::Rejected(reason) => {
@@ -182,10 +195,10 @@ fn next_group(entries: &mut impl Iterator<Item = Entry>) -> Vec<Entry> {
     group
 }
 
-/// `write`: whether a document to write has changed; `None` for one that is only counted.
-fn chunk(chunker: &Chunker, document: Document, text_hash: ContentHash, write: Option<bool>) -> Chunked {
+/// `write`: the row that a document to write replaces; `None` for one that is only counted.
+fn chunk(chunker: &Chunker, document: Document, text_hash: ContentHash, write: Option<Option<RowId>>) -> Chunked {
     match (chunker.chunk(&document.text), write) {
-        (Ok(chunks), Some(changed)) => Chunked::Document { document, text_hash, changed, chunks },
+        (Ok(chunks), Some(replaces)) => Chunked::Document { document, text_hash, replaces, chunks },
         (Ok(chunks), None) => Chunked::Present {
             chunks: chunks.len() as u64,
             tokens: chunks.iter().map(|chunk| chunk.tokens.len() as u64).sum(),
@@ -200,7 +213,7 @@ fn chunk(chunker: &Chunker, document: Document, text_hash: ContentHash, write: O
 
 /// Lists why a corpus has no usable document.
 pub fn reject_all(corpus: &Corpus, chunker: &Chunker, ledger: &mut Ledger) -> Result<(), PipelineError> {
-    let look = |_: &Document, _| Ok(Looked::Write { changed: false });
+    let look = |_: &Document, _| Ok(Looked::Write { replaces: None });
     for_each_chunked(corpus, chunker, None, None, look, |entry| {
         if let Chunked::Rejected(rejection) = entry {
             ledger.reject(&rejection)?;
@@ -243,7 +256,7 @@ impl Surveyor<'_> {
         let writer = std::cell::RefCell::new(writer);
         let look = |document: &Document, text_hash| match writer.borrow_mut().as_deref_mut() {
             Some(writer) => claim(writer, self.mode, &document.id, text_hash),
-            None if ids.insert(ContentHash::of_text(&document.id)) => Ok(Looked::Write { changed: false }),
+            None if ids.insert(ContentHash::of_text(&document.id)) => Ok(Looked::Write { replaces: None }),
             None => Ok(Looked::Rejected(RejectReason::DuplicateId { first: None })),
         };
         progress.survey_bytes_total.store(self.corpus.total_bytes(), Ordering::Relaxed);
@@ -251,6 +264,9 @@ impl Surveyor<'_> {
             survey.read += 1;
             let count = match entry {
                 Chunked::Rejected(rejection) => {
+                    if let Some(writer) = writer.borrow().as_deref() {
+                        forget_claim(writer, &rejection)?;
+                    }
                     survey.reject(rejection, writer.borrow().as_deref())?;
                     return Ok(!self.stop.is_set());
                 }
@@ -259,8 +275,13 @@ impl Surveyor<'_> {
                     survey.chunks_kept += chunks;
                     chunks
                 }
-                Chunked::Document { changed, chunks, .. } => {
-                    *(if changed { &mut survey.changed } else { &mut survey.new }) += 1;
+                Chunked::Document { document, replaces, chunks, .. } => {
+                    *(if replaces.is_some() { &mut survey.changed } else { &mut survey.new }) += 1;
+                    if let (Some(row), Some(writer)) = (replaces, writer.borrow().as_deref())
+                        && writer.is_published(row)
+                    {
+                        survey.replaced.add(&document.id);
+                    }
                     let count = chunks.len() as u64;
                     for chunk in chunks {
                         let content = ContentHash::of_tokens(&chunk.tokens);

@@ -86,13 +86,45 @@ fn rows_that_an_interrupted_run_replaced_are_known_in_finished_and_in_open_shard
         for doc in &docs[12..] {
             writer.claim_document(&doc.id, memory3::memory::ContentHash::of_text(&doc.text())).unwrap();
         }
-        let missing = writer.unclaimed().unwrap();
+        let missing = unclaimed(&writer).unwrap();
         assert_eq!(missing.len(), 12, "{missing:?}");
-        assert!(missing.iter().all(|one| one.published), "{missing:?}");
+        assert!(missing.iter().all(|(_, _, published)| published.is_some()), "{missing:?}");
         drop(writer);
         sync(dir.path(), &next, &spec(records), 1000);
         assert_holds(&Bank::open(dir.path()).unwrap(), &next, &spec(records));
         assert_clean(dir.path());
+    }
+}
+
+#[test]
+fn documents_that_a_run_has_not_seen_stay_as_published_whatever_interrupted_runs_have_left() {
+    // Finished shards, an open one, and one of each after two interrupted runs.
+    let stops = [vec![Stop::DropAfter(9)], vec![Stop::FinishAfter(3)], vec![Stop::DropAfter(9), Stop::FinishAfter(3)]];
+    for stops in stops {
+        let dir = tempfile::tempdir().unwrap();
+        let docs = corpus(57, 20);
+        compile(dir.path(), &docs, &spec(4));
+        let mut next = docs.clone();
+        for (run, stop) in (0_u32..).zip(&stops) {
+            for (number, doc) in (0_u32..).zip(next.iter_mut().take(12)) {
+                doc.chunks = vec![vec![9, run, number]];
+            }
+            assert!(push(begin(dir.path(), &spec(4)), &next, *stop).unwrap().is_none());
+        }
+        let mut writer = begin(dir.path(), &spec(4));
+        for doc in &docs[12..] {
+            writer.claim_document(&doc.id, memory3::memory::ContentHash::of_text(&doc.text())).unwrap();
+        }
+        let unseen = unclaimed(&writer).unwrap();
+        assert_eq!(unseen.len(), 12, "{stops:?}: {unseen:?}");
+        let published: Vec<_> = unseen.iter().map(|(id, _, published)| published.ok_or(id).unwrap()).collect();
+        assert!(unseen.iter().zip(&published).any(|((_, last, _), published)| published < last), "{stops:?}");
+        writer.restore(&published).unwrap();
+        writer.publish(input()).unwrap();
+        assert_holds(&Bank::open(dir.path()).unwrap(), &docs, &spec(4));
+        assert_clean(dir.path());
+        let generation = Manifest::read(dir.path()).unwrap().generation;
+        assert_eq!(sync(dir.path(), &docs, &spec(4), 1000).generation, generation, "nothing has changed");
     }
 }
 
@@ -105,7 +137,7 @@ fn a_document_that_is_back_in_the_second_pass_does_not_die() {
     for doc in &docs[..15] {
         writer.claim_document(&doc.id, memory3::memory::ContentHash::of_text(&doc.text())).unwrap();
     }
-    let missing: Vec<_> = writer.unclaimed().unwrap().into_iter().map(|one| one.row).collect();
+    let missing: Vec<_> = unclaimed(&writer).unwrap().into_iter().map(|(_, row, _)| row).collect();
     assert_eq!(missing.len(), 5);
     writer.begin_pass().unwrap();
     // Meanwhile the file has grown by three.
