@@ -9,21 +9,22 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::bank::adopt::{names, parse_name, set_aside_unpublished};
+use crate::bank::adopt::{names, parse_name, set_aside_unpublished, set_shards_aside, shards_from, sweep};
 use crate::bank::catalog::Catalog;
 use crate::bank::documents::{Chunk, RowId};
 use crate::bank::edit::BankEditor;
 use crate::bank::error::BankError;
-use crate::bank::io::{Io, write_file};
+use crate::bank::io::{Io, set_aside, write_file};
 use crate::bank::layout::{FORMAT_VERSION, SectionKind};
 use crate::bank::live::Live;
-use crate::bank::manifest::Manifest;
-use crate::bank::publish::{Parts, Publication};
+use crate::bank::lock::BankLock;
+use crate::bank::manifest::{Manifest, check_head};
+use crate::bank::publish::{Parts, Publication, RetrievalSpec};
 use crate::bank::sequence::ShardSequence;
 use crate::bank::shard::Shard;
 use crate::bank::tombstones::Tombstones;
@@ -45,8 +46,8 @@ pub enum Leftovers {
     SetAside,
 }
 
-/// Makes retrieval vectors of texts, one after the other.
-pub type Embed<'a> = dyn FnMut(&[&str]) -> Result<Vec<f32>, Box<dyn std::error::Error + Send + Sync>> + 'a;
+/// Makes retrieval vectors of texts, one after the other; none if it was asked to stop.
+pub type Embed<'a> = dyn FnMut(&[&str]) -> Result<Option<Vec<f32>>, Box<dyn std::error::Error + Send + Sync>> + 'a;
 
 /// Other retrieval vectors.
 pub struct NewVectors<'a> {
@@ -56,6 +57,8 @@ pub struct NewVectors<'a> {
     pub dim: usize,
     /// Makes them.
     pub embed: &'a mut Embed<'a>,
+    /// The index over them.
+    pub retrieval: RetrievalSpec,
 }
 
 /// A shard and how much of it is live.
@@ -96,13 +99,24 @@ struct Mark {
 /// Removes what an interrupted rewriting left. The caller holds the lock.
 pub(crate) fn sweep_copies(io: &dyn Io, dir: &Path, manifest: &Manifest) -> Result<(), BankError> {
     let (index_dir, shards_dir) = (dir.join("index"), dir.join("shards"));
-    let path = index_dir.join(NAME);
+    let path = Mark::path(dir);
     let bytes = match fs::read(&path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(source) => return Err(BankError::Io { path, action: "read", source }),
     };
-    let mark: Mark = serde_json::from_slice(&bytes).map_err(|source| BankError::Json { path: path.clone(), source })?;
+    let mark = match Mark::parse(&path, &bytes) {
+        Ok(mark) => mark,
+        // Without unpublished shards it says nothing.
+        Err(BankError::Json { .. } | BankError::Corrupt { .. })
+            if shards_from(dir, manifest.next_shard)?.is_empty() =>
+        {
+            let aside = set_aside(io, &path)?;
+            tracing::warn!("{}: damaged, kept as {}, not used", path.display(), aside.display());
+            return Ok(());
+        }
+        Err(error) => return Err(error),
+    };
     let remove = |path: &Path| io.remove(path).map_err(BankError::io(path, "remove"));
     // After its publication the mark is only late.
     if mark.generation == manifest.generation && shards_dir.exists() {
@@ -115,6 +129,41 @@ pub(crate) fn sweep_copies(io: &dyn Io, dir: &Path, manifest: &Manifest) -> Resu
     }
     remove(&path)?;
     io.sync_dir(&index_dir).map_err(BankError::io(&index_dir, "sync"))
+}
+
+impl Mark {
+    fn path(dir: &Path) -> PathBuf {
+        dir.join("index").join(NAME)
+    }
+
+    fn parse(path: &Path, bytes: &[u8]) -> Result<Self, BankError> {
+        check_head(path, bytes, FORMAT, "the mark of a rewriting")?;
+        serde_json::from_slice(bytes).map_err(|source| BankError::Json { path: path.to_owned(), source })
+    }
+}
+
+/// Takes a damaged mark out of the way, and the unpublished shards: nobody can tell whether they are copies. Says what was
+/// done. The caller holds the lock.
+pub(crate) fn set_aside_damaged_mark(io: &dyn Io, dir: &Path, manifest: &Manifest) -> Result<Vec<String>, BankError> {
+    let path = Mark::path(dir);
+    match fs::read(&path).map(|bytes| Mark::parse(&path, &bytes)) {
+        Ok(Err(BankError::Json { .. } | BankError::Corrupt { .. })) => {}
+        Ok(Err(error)) => return Err(error),
+        Ok(Ok(_)) => return Ok(Vec::new()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(source) => return Err(BankError::Io { path, action: "read", source }),
+    }
+    let mut done = Vec::new();
+    if !shards_from(dir, manifest.next_shard)?.is_empty() {
+        // Before the mark: as long as it stands no writer takes them for an interrupted compile's.
+        set_shards_aside(io, dir, manifest.next_shard)?;
+        done.push(
+            "shards/: unpublished shards are kept as *.aside: they may be copies of published records".to_owned(),
+        );
+    }
+    let aside = set_aside(io, &path)?;
+    done.push(format!("index/{NAME}: damaged, kept as {}", aside.display()));
+    Ok(done)
 }
 
 impl BankEditor {
@@ -192,16 +241,16 @@ impl BankEditor {
         Ok((compaction, manifest))
     }
 
-    /// Rewrites all shards with other retrieval vectors, and publishes.
+    /// Rewrites all shards with other retrieval vectors, and publishes; also gives the lock back.
     ///
     /// # Errors
-    /// As [`BankEditor::compact`]; [`BankError::Embed`].
+    /// As [`BankEditor::compact`]; [`BankError::Embed`]; [`BankError::Stopped`], after which nothing is left of it.
     pub fn re_embed(
         self,
         vectors: NewVectors<'_>,
         records_per_shard: u32,
         leftovers: Leftovers,
-    ) -> Result<Manifest, BankError> {
+    ) -> Result<(Manifest, BankLock), BankError> {
         let live = Live::of(&self.shards, &self.tombstones)?;
         let choice = Choice {
             shards: self.shards.keys().copied().collect(),
@@ -210,12 +259,19 @@ impl BankEditor {
             may_lose: false,
             check: true,
         };
-        Ok(self.rewrite(choice, records_per_shard, leftovers, Some(vectors))?.0)
+        match self.rewrite(choice, records_per_shard, leftovers, Some(vectors)) {
+            Ok((manifest, _)) => Ok((manifest, self.lock)),
+            Err(error @ BankError::Stopped { .. }) => {
+                sweep(&*self.io, self.dir(), &self.manifest)?;
+                Err(error)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Writes the chosen shards anew and publishes; also returns the ids of the documents that were lost.
     pub(crate) fn rewrite(
-        self,
+        &self,
         choice: Choice<'_>,
         records_per_shard: u32,
         leftovers: Leftovers,
@@ -223,20 +279,22 @@ impl BankEditor {
     ) -> Result<(Manifest, Vec<String>), BankError> {
         let Self { lock, io, manifest, shards, tombstones, keep } = self;
         let dir = lock.dir();
-        set_aside_unpublished(&*io, dir, &manifest, leftovers)?;
+        set_aside_unpublished(&**io, dir, manifest, leftovers)?;
         if choice.check {
-            for (number, shard) in &shards {
+            for (number, shard) in shards {
                 check_sections(shard, choice.shards.contains(number))?;
             }
         }
         let mark = Mark { format: FORMAT.to_owned(), version: FORMAT_VERSION, generation: manifest.generation };
-        let path = dir.join("index").join(NAME);
+        let path = Mark::path(dir);
         let bytes = serde_json::to_vec(&mark).map_err(|source| BankError::Json { path: path.clone(), source })?;
-        write_file(&*io, &dir.join("index"), NAME, &bytes)?;
+        write_file(&**io, &dir.join("index"), NAME, &bytes)?;
 
-        let mut spec = BankSpec { records_per_shard, ..BankSpec::of(&manifest) };
+        let mut spec = BankSpec { records_per_shard, ..BankSpec::of(manifest) };
+        let mut parts = Parts::of(manifest);
         if let Some(vectors) = &vectors {
             (spec.embedder, spec.vector_dim) = (vectors.embedder.clone(), vectors.dim);
+            parts.retrieval = vectors.retrieval.clone();
         }
         let stays = |number: &u32| !choice.shards.contains(number);
         let mut entries = manifest.shards.clone();
@@ -244,18 +302,18 @@ impl BankEditor {
         let reopened =
             entries.iter().map(|entry| Ok((entry.number, Shard::open(&dir.join("shards").join(&entry.file))?)));
         let reopened = reopened.collect::<Result<BTreeMap<_, _>, BankError>>()?;
-        let sequence = ShardSequence::new(Arc::clone(&io), dir, spec, reopened, entries, manifest.next_shard);
+        let sequence = ShardSequence::new(Arc::clone(io), dir, spec, reopened, entries, manifest.next_shard);
         let mut copy = Copy { sequence, moved: HashMap::new(), dead: Vec::new(), lost: Vec::new() };
         copy.dead.extend(tombstones.rows().iter().filter(|row| stays(&row.shard)));
-        for (number, shard) in &shards {
+        for (number, shard) in shards {
             if !stays(number) {
                 copy.records(shard, &choice, vectors.as_mut())?;
             }
-            copy.rows(shard, &choice, &tombstones)?;
+            copy.rows(shard, &choice, tombstones)?;
         }
         copy.sequence.close()?;
-        let publication = Publication { io: &*io, dir, published: Some(&manifest) };
-        let next = publication.publish(&copy.sequence, Tombstones::new(copy.dead), Parts::of(&manifest), keep)?;
+        let publication = Publication { io: &**io, dir, published: Some(manifest) };
+        let next = publication.publish(&copy.sequence, Tombstones::new(copy.dead), parts, *keep)?;
         Catalog::discard(dir);
         // A late mark does no harm.
         if let Err(error) = io.remove(&path) {
@@ -313,8 +371,9 @@ impl Copy {
                 None => None,
                 Some(NewVectors { dim, embed, .. }) => {
                     let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
-                    let made =
-                        embed(&texts).map_err(|source| BankError::Embed { path: shard.path().to_owned(), source })?;
+                    let path = shard.path();
+                    let made = embed(&texts).map_err(|source| BankError::Embed { path: path.to_owned(), source })?;
+                    let made = made.ok_or_else(|| BankError::Stopped { path: path.to_owned() })?;
                     if made.len() != *dim * batch.len() {
                         return Err(BankError::bad_input("numbers of vectors", *dim * batch.len(), made.len()));
                     }

@@ -412,13 +412,16 @@ fn summary(report: &RunReport, config: &Config, ledger: &std::path::Path) -> Str
         text +=
             &format!("  {:<9} {:>9} of a core{}\n", stage.name, output::duration(stage.busy_seconds), rate_of(stage));
     }
+    if let Some(generation) = report.re_embedded {
+        text += &format!("vectors     made anew, published as generation {generation}\n");
+    }
     if report.stopped {
         text += &match report.records_kept {
             Some(records) => format!(
-                "stopped     {} records are safe; nothing was published. Give the same command again to go on.\n",
+                "stopped     {} records are safe; no document was published. Give the same command again to go on.\n",
                 n(records)
             ),
-            None => "stopped     before the first record of this run; nothing was published or lost. \
+            None => "stopped     before the first record of this run; no document was published or lost. \
                      Give the same command again.\n"
                 .to_owned(),
         };

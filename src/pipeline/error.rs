@@ -67,10 +67,19 @@ pub enum PipelineError {
         differences: Vec<FieldDifference>,
     },
     /// More documents would vanish or change than the settings allow.
-    #[error("{reason}; nothing was changed")]
+    #[error("{reason}; no document was changed")]
     Refused {
         /// How many, some of them, and what to do.
         reason: String,
+    },
+    /// The retrieval vectors were made anew, and what came after has failed.
+    #[error("the retrieval vectors were made anew and published as generation {generation}; then: {source}")]
+    ReEmbedded {
+        /// The generation that has them.
+        generation: u64,
+        /// What has failed.
+        #[source]
+        source: Box<PipelineError>,
     },
     /// Only `compile` may replace documents, and an interrupted one has begun to.
     #[error(

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use memory3::bank::{
-    Bank, BankEditor, BankError, Leftovers, Manifest, NewVectors, RemoveOptions, VerifyOptions, generations, rollback,
-    verify,
+    Bank, BankEditor, BankError, Leftovers, Manifest, NewVectors, RemoveOptions, RetrievalSpec, VerifyOptions,
+    generations, rollback, verify,
 };
 use memory3::fingerprint::Fingerprint;
 use memory3::memory::RecordId;
@@ -375,11 +375,18 @@ fn other_vectors_need_no_encoding() {
     let docs = corpus(59, 60);
     compile(dir.path(), &docs, &spec(30));
     edit(dir.path()).remove(&ids(&docs[..20]), ANY).unwrap();
-    let mut embed = |texts: &[&str]| Ok(texts.iter().flat_map(|text| [text.len() as f32, 1.0, 2.0]).collect());
+    let mut embed = |texts: &[&str]| Ok(Some(texts.iter().flat_map(|text| [text.len() as f32, 1.0, 2.0]).collect()));
     let embedder = Fingerprint::new().with("embedder", "another");
-    let vectors = NewVectors { embedder: embedder.clone(), dim: 3, embed: &mut embed };
-    let manifest = edit(dir.path()).re_embed(vectors, 30, Leftovers::Refuse).unwrap();
+    let retrieval = RetrievalSpec::Factory("IVF2,Flat".to_owned());
+    let vectors = NewVectors { embedder: embedder.clone(), dim: 3, embed: &mut embed, retrieval };
+    let (manifest, lock) = edit(dir.path()).re_embed(vectors, 30, Leftovers::Refuse).unwrap();
+    assert!(
+        matches!(BankEditor::open(dir.path(), 1000), Err(BankError::Locked { .. })),
+        "no other writer comes between"
+    );
+    drop(lock);
     assert_eq!((manifest.generation, manifest.retrieval.dim), (3, 3));
+    assert_eq!(manifest.retrieval.factory, "IVF2,Flat", "not the one that suited the old vectors");
     assert_eq!((&manifest.embedder, &manifest.fingerprint), (&embedder, &spec(30).fingerprint));
     let bank = Bank::open(dir.path()).unwrap();
     for id in bank.record_ids() {
@@ -390,7 +397,26 @@ fn other_vectors_need_no_encoding() {
     assert_eq!(manifest.counts.documents, 40);
     assert_clean_but_catalog(dir.path());
     let other = BankSpecOf::new(30, embedder);
-    assert_eq!(sync(dir.path(), &docs[20..], &other.0, 1000).generation, 3);
+    let same = sync_with(begin(dir.path(), &other.0), &docs[20..], 1000).unwrap();
+    assert_eq!(same.shards, manifest.shards);
+}
+
+#[test]
+fn re_embedding_that_is_stopped_leaves_nothing_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    compile(dir.path(), &corpus(63, 60), &spec(30));
+    let before = files(dir.path());
+    let mut calls = 0;
+    let mut embed = |texts: &[&str]| {
+        calls += 1;
+        Ok((calls < 4).then(|| vec![0.5; 3 * texts.len()]))
+    };
+    let retrieval = RetrievalSpec::Auto;
+    let vectors = NewVectors { embedder: Fingerprint::new(), dim: 3, embed: &mut embed, retrieval };
+    let stopped = edit(dir.path()).re_embed(vectors, 30, Leftovers::Refuse).err().unwrap();
+    assert!(matches!(stopped, BankError::Stopped { .. }), "{stopped}");
+    assert_eq!(calls, 4);
+    assert!(before == files(dir.path()));
 }
 
 /// The made-up bank with other vectors.

@@ -225,7 +225,7 @@ fn documents_that_cannot_be_seen_stay_as_published_after_an_interrupted_run() {
         changed[row].1 = format!("{} and then some words of row {row}", corpus[row].1);
     }
     write(&program, &changed);
-    kill_after_a_shard(&program, "bank", &args);
+    program.kill_after_a_shard("bank", &args);
     // The changed ones are gone from the corpus, and a torn line may be any of them.
     let rest: Rows = corpus.iter().enumerate().filter(|(row, _)| row % 3 > 0).map(|(_, row)| row.clone()).collect();
     write(&program, &rest);
@@ -273,20 +273,6 @@ fn append_adds_and_changes_nothing() {
     assert_eq!(documents(&program, "bank"), sorted(&expected));
 }
 
-/// Kills a compile when it has finished its first shard.
-fn kill_after_a_shard(program: &Program, bank: &str, args: &[&str]) {
-    let folder = program.path().join(bank);
-    let shard = format!("{:06}.m3s", memory3::bank::Manifest::read(&folder).unwrap().next_shard);
-    let nowhere = std::process::Stdio::null;
-    let mut child = program.compile_command(bank, args).stdout(nowhere()).stderr(nowhere()).spawn().unwrap();
-    while !folder.join("shards").join(&shard).exists() {
-        assert!(child.try_wait().unwrap().is_none(), "the run was over before it could be killed");
-        std::thread::sleep(std::time::Duration::from_millis(1));
-    }
-    child.kill().unwrap();
-    child.wait().unwrap();
-}
-
 #[test]
 fn an_incremental_run_that_was_killed_ends_in_the_same_bytes() {
     let program = Program::new();
@@ -303,7 +289,7 @@ fn an_incremental_run_that_was_killed_ends_in_the_same_bytes() {
     write(&program, &corpus);
     program.compile("whole", &[&ARGS[..], &["--batch-chunks", "64", "--threads", "1"]].concat()).expect(0);
     let before = published_files(&program.path().join("killed"));
-    kill_after_a_shard(&program, "killed", &args);
+    program.kill_after_a_shard("killed", &args);
     let manifest = |files: &[(String, Vec<u8>)]| files.iter().find(|(name, _)| name == "index/manifest.json").cloned();
     assert_eq!(manifest(&before), manifest(&published_files(&program.path().join("killed"))));
     let rest = program.compile("killed", &args).expect(0).json();
