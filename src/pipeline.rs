@@ -11,6 +11,7 @@ use std::time::Instant;
 mod codec_training;
 mod error;
 mod estimate;
+mod lookup;
 mod plan;
 mod progress;
 mod reencode;
@@ -35,6 +36,7 @@ use crate::model::{
     self, DType, Device, GpuModel, MemoryEncoder, MemorySpec, ModelConfig, ModelError, ParseDeviceError,
 };
 use codec_training::{ChosenCodec, TrainingPlan};
+use lookup::Lookup;
 use settled::{bank_spec, re_embed, settled_codec};
 use stages::{Stages, Totals};
 use survey::Surveyor;
@@ -145,10 +147,14 @@ fn follow_corpus(
     if task.dry_run {
         return Ok(run.planned());
     }
-    if survey.documents() == 0 {
+    if survey.documents() == 0 || (survey.rejected > 0 && run.plan.refused.is_some()) {
+        // There is no main pass, which would list them.
         let mut ledger = create_ledger(ledger_path)?;
-        survey::reject_all(&opened.corpus, &opened.chunker, &mut ledger)?;
+        let lookup = Lookup::begin(writer.as_mut(), task.mode)?;
+        survey::reject_all(&opened.corpus, &opened.chunker, max_chunks, lookup, &mut ledger)?;
         ledger.finish()?;
+    }
+    if survey.documents() == 0 {
         return Err(PipelineError::NothingToCompile { read: survey.read, ledger: ledger_path.to_owned() });
     }
     if let Some(reason) = run.plan.refused {

@@ -140,7 +140,7 @@ class Soak:
                 del self.documents[name]
             command = ["remove", *gone, "--ignore-missing", "--bank", self.bank, "--keep-generations", 3, "--allow-shrink"]
         elif verb == "compact":
-            command = ["compact", "--live-below", 0.8, "--set-aside", "--bank", self.bank, "--keep-generations", 3]
+            command = ["compact", "--live-below", 0.8, "--records-per-shard", 16, "--set-aside", "--bank", self.bank, "--keep-generations", 3]
         else:
             command = ["rollback", "--bank", self.bank, "--keep-generations", 3]
         ended = self.run(*command)

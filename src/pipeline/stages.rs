@@ -14,10 +14,11 @@ use std::time::Instant;
 use crossbeam::channel::{Receiver, Sender, bounded};
 use rayon::prelude::*;
 
+use super::lookup::{claim, forget_claim};
 use super::plan::Mode;
 use super::progress::{Progress, StageMeter, StopFlag};
 use super::report::{ChunkCounts, DocumentCounts};
-use super::survey::{Chunked, claim, for_each_chunked, forget_claim};
+use super::survey::{Chunked, for_each_chunked};
 use super::{Origin, PipelineError};
 use crate::bank::{self, BankWriter, NewDocument, NewRecord};
 use crate::codec::{CodecSet, GpuCodecSet};

@@ -3,17 +3,19 @@
 //! In: a corpus, a chunker, and the bank if there is one. Out: counts, and the token ids of the chunks that come first in
 //! the sampler's queue. Choosing by hash makes the sample uniform over distinct chunks and independent of their order.
 //! Documents that the bank has with the same text are not chunked: looking them up is enough. Memory is bounded by the
-//! sample, and by 16 bytes for each new document and each chunk to encode. Nothing is written: the main pass does that.
+//! sample, and by 8 bytes for each chunk to encode, and for each document where there is no bank. Nothing is written: the main pass does that.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
 
 use super::PipelineError;
+use super::lookup::{Looked, Lookup};
 use super::plan::{Examples, Mode};
 use super::progress::{Progress, StopFlag};
-use crate::bank::{BankWriter, Claim, RowId};
+use crate::bank::{BankWriter, RowId};
 use crate::codec::sample::Sampler;
 use crate::corpus::{Chunk, Chunker, Corpus, Document, Entry, Ledger, RejectReason, Rejection};
 use crate::memory::ContentHash;
@@ -57,20 +59,6 @@ pub struct Survey {
     pub sample: Sampled,
 }
 
-/// What the bank says of a document before it is chunked.
-#[derive(Debug)]
-pub enum Looked {
-    /// It is to be chunked and written.
-    Write {
-        /// Its row in the bank, with another text.
-        replaces: Option<RowId>,
-    },
-    /// The bank has it, with so many chunks and tokens; unknown while it lies in an open shard.
-    Present(Option<(u64, u64)>),
-    /// It cannot be used in this run.
-    Rejected(RejectReason),
-}
-
 /// One entry of the corpus after chunking.
 #[derive(Debug)]
 pub enum Chunked {
@@ -94,31 +82,6 @@ pub enum Chunked {
     },
     /// An entry that is no usable document.
     Rejected(Rejection),
-}
-
-/// Claims a document for this pass.
-///
-/// # Errors
-/// [`PipelineError::Bank`].
-pub fn claim(writer: &mut BankWriter, mode: Mode, id: &str, text_hash: ContentHash) -> Result<Looked, PipelineError> {
-    Ok(match (writer.claim_document(id, text_hash)?, mode) {
-        (Claim::New, _) => Looked::Write { replaces: None },
-        (Claim::Changed(row), Mode::Match) => Looked::Write { replaces: Some(row) },
-        (Claim::Changed(_), Mode::Append) => Looked::Rejected(RejectReason::OtherText),
-        (Claim::Repeated, _) => Looked::Rejected(RejectReason::DuplicateId { first: None }),
-        (Claim::Present(row), _) => Looked::Present(writer.row_size(row)?),
-    })
-}
-
-/// Takes back the claim of a document that was found unusable after it: the pass has not seen its text.
-///
-/// # Errors
-/// [`PipelineError::Bank`].
-pub fn forget_claim(writer: &BankWriter, rejection: &Rejection) -> Result<(), PipelineError> {
-    if let (RejectReason::NotTokenized { .. }, Some(id)) = (&rejection.reason, &rejection.id) {
-        writer.disclaim_document(id)?;
-    }
-    Ok(())
 }
 
 /// Reads the corpus in order, asks `look` about each document, chunks those that are to be written, and gives every entry
@@ -211,11 +174,22 @@ fn chunk(chunker: &Chunker, document: Document, text_hash: ContentHash, write: O
     }
 }
 
-/// Lists why a corpus has no usable document.
-pub fn reject_all(corpus: &Corpus, chunker: &Chunker, ledger: &mut Ledger) -> Result<(), PipelineError> {
-    let look = |_: &Document, _| Ok(Looked::Write { replaces: None });
-    for_each_chunked(corpus, chunker, None, None, look, |entry| {
+/// Lists what a run that ends before its main pass has rejected.
+///
+/// # Errors
+/// The bank cannot be asked, or the ledger not written.
+pub fn reject_all(
+    corpus: &Corpus,
+    chunker: &Chunker,
+    max_chunks: Option<u64>,
+    lookup: Lookup<'_>,
+    ledger: &mut Ledger,
+) -> Result<(), PipelineError> {
+    let lookup = RefCell::new(lookup);
+    let look = |document: &Document, text_hash| lookup.borrow_mut().look(document, text_hash);
+    for_each_chunked(corpus, chunker, max_chunks, None, look, |entry| {
         if let Chunked::Rejected(rejection) = entry {
+            lookup.borrow().forget(&rejection)?;
             ledger.reject(&rejection)?;
         }
         Ok(true)
@@ -250,24 +224,16 @@ impl Surveyor<'_> {
     pub fn survey(&self, writer: Option<&mut BankWriter>) -> Result<Survey, PipelineError> {
         let progress = self.progress;
         let mut survey = Survey::default();
-        let mut ids = HashSet::new();
-        let mut contents = HashSet::new();
-        // Both closures ask the bank, one after the other.
-        let writer = std::cell::RefCell::new(writer);
-        let look = |document: &Document, text_hash| match writer.borrow_mut().as_deref_mut() {
-            Some(writer) => claim(writer, self.mode, &document.id, text_hash),
-            None if ids.insert(ContentHash::of_text(&document.id)) => Ok(Looked::Write { replaces: None }),
-            None => Ok(Looked::Rejected(RejectReason::DuplicateId { first: None })),
-        };
+        // Both closures ask it, one after the other.
+        let lookup = RefCell::new(Lookup::begin(writer, self.mode)?);
+        let look = |document: &Document, text_hash| lookup.borrow_mut().look(document, text_hash);
         progress.survey_bytes_total.store(self.corpus.total_bytes(), Ordering::Relaxed);
         for_each_chunked(self.corpus, self.chunker, self.max_chunks, Some(&progress.survey_bytes), look, |entry| {
             survey.read += 1;
             let count = match entry {
                 Chunked::Rejected(rejection) => {
-                    if let Some(writer) = writer.borrow().as_deref() {
-                        forget_claim(writer, &rejection)?;
-                    }
-                    survey.reject(rejection, writer.borrow().as_deref())?;
+                    lookup.borrow().forget(&rejection)?;
+                    survey.reject(rejection, lookup.borrow().writer())?;
                     return Ok(!self.stop.is_set());
                 }
                 Chunked::Present { chunks, .. } => {
@@ -277,19 +243,13 @@ impl Surveyor<'_> {
                 }
                 Chunked::Document { document, replaces, chunks, .. } => {
                     *(if replaces.is_some() { &mut survey.changed } else { &mut survey.new }) += 1;
-                    if let (Some(row), Some(writer)) = (replaces, writer.borrow().as_deref())
-                        && writer.is_published(row)
-                    {
+                    if replaces.is_some_and(|row| lookup.borrow().is_published(row)) {
                         survey.replaced.add(&document.id);
                     }
                     let count = chunks.len() as u64;
                     for chunk in chunks {
                         let content = ContentHash::of_tokens(&chunk.tokens);
-                        let known = match writer.borrow().as_deref() {
-                            Some(writer) => writer.find(content)?.is_some(),
-                            None => false,
-                        };
-                        let encode = !known && contents.insert(content);
+                        let encode = lookup.borrow_mut().is_new(content)?;
                         *(if encode { &mut survey.chunks_to_encode } else { &mut survey.chunks_shared }) += 1;
                         keep_first(&mut survey.sample, self.sampler, self.sample_size, content, chunk.tokens);
                     }

@@ -180,7 +180,7 @@ fn compact_keeps_what_is_live_and_drops_the_rest() {
     assert!(nothing.0.shards.is_empty() && nothing.1.generation == 1);
     edit(dir.path()).remove(&ids(&docs[10..70]), ANY).unwrap();
     let live: Vec<Doc> = docs[..10].iter().chain(&docs[70..]).cloned().collect();
-    let planned = edit(dir.path()).plan_compaction(0.7).unwrap();
+    let planned = edit(dir.path()).plan_compaction(0.7, 30).unwrap();
     let (done, manifest) = edit(dir.path()).compact(0.7, 30, Leftovers::Refuse).unwrap();
     assert_eq!(planned.shards, done.shards);
     assert!(done.bytes_after < done.bytes_before * 3 / 4, "{done:?}");
@@ -194,6 +194,27 @@ fn compact_keeps_what_is_live_and_drops_the_rest() {
     assert_clean(dir.path());
     let (again, _) = edit(dir.path()).compact(0.7, 30, Leftovers::Refuse).unwrap();
     assert!(again.shards.is_empty(), "{again:?}");
+}
+
+#[test]
+fn compact_joins_small_shards_and_leaves_a_single_one_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let docs = corpus(64, 80);
+    for end in (10..=80).step_by(10) {
+        sync(dir.path(), &docs[..end], &spec(200), 1000);
+    }
+    assert_eq!(Manifest::read(dir.path()).unwrap().shards.len(), 8);
+    let planned = edit(dir.path()).plan_compaction(0.5, 200).unwrap();
+    assert!(planned.shards.len() == 8 && planned.shards.iter().all(|life| life.small), "{planned:?}");
+    assert!(edit(dir.path()).plan_compaction(0.5, 20).unwrap().shards.is_empty(), "half of 20 is in each");
+    let (done, manifest) = edit(dir.path()).compact(0.5, 200, Leftovers::Refuse).unwrap();
+    assert_eq!(done.shards, planned.shards);
+    assert_eq!(manifest.shards.len(), distinct(&docs).div_ceil(200));
+    assert_holds(&Bank::open(dir.path()).unwrap(), &docs, &spec(200));
+    assert_clean_but_catalog(dir.path());
+    assert!(manifest.shards.last().unwrap().records < 100, "the last one is small, and stays as it is");
+    assert!(edit(dir.path()).compact(0.5, 200, Leftovers::Refuse).unwrap().0.shards.is_empty());
+    assert_eq!(sync(dir.path(), &docs, &spec(200), 1000).generation, manifest.generation);
 }
 
 #[test]

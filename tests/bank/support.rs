@@ -211,7 +211,11 @@ pub fn sync(dir: &Path, docs: &[Doc], spec: &BankSpec, keep: u32) -> Manifest {
     sync_with(begin(dir, spec), docs, keep).unwrap()
 }
 
-pub fn sync_with(mut writer: BankWriter, docs: &[Doc], keep_generations: u32) -> Result<Manifest, BankError> {
+pub fn sync_with(writer: BankWriter, docs: &[Doc], keep_generations: u32) -> Result<Manifest, BankError> {
+    sync_input(writer, docs, PublishInput { keep_generations, ..input() })
+}
+
+pub fn sync_input(mut writer: BankWriter, docs: &[Doc], input: PublishInput) -> Result<Manifest, BankError> {
     for doc in docs {
         writer.claim_document(&doc.id, ContentHash::of_text(&doc.text()))?;
     }
@@ -220,7 +224,7 @@ pub fn sync_with(mut writer: BankWriter, docs: &[Doc], keep_generations: u32) ->
     match push(writer, docs, Stop::Never)? {
         Some(writer) => {
             let tombstones = writer.still_unclaimed(missing)?;
-            writer.publish(PublishInput { tombstones, keep_generations, ..input() })
+            writer.publish(PublishInput { tombstones, ..input })
         }
         None => unreachable!("nothing stops it"),
     }

@@ -41,6 +41,10 @@ fn remove_compact_generations_and_rollback_go_together() {
 
     let planned = json(&program, &["compact", "--dry-run"]);
     assert_eq!(planned["generation"], Value::Null);
+    let told = program.run(&["compact", "--dry-run", "--bank", "bank"]).expect(0);
+    assert!(told.stdout.contains("shard 1: 0 of 8 records live") && told.stdout.contains(", small"), "{}", told.stdout);
+    let narrow = json(&program, &["compact", "--dry-run", "--records-per-shard", "8"]);
+    assert_eq!(narrow["shards"].as_array().unwrap().len(), planned["shards"].as_array().unwrap().len() - 1, "{narrow}");
     let done = json(&program, &["compact"]);
     assert_eq!((&done["shards"], &done["generation"]), (&planned["shards"], &3.into()));
     assert!(done["bytes_after"].as_u64() < done["bytes_before"].as_u64(), "{done}");
