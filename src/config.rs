@@ -116,6 +116,10 @@ pub struct BankConfig {
     pub records_per_shard: u32,
     /// A compile that would make more than this share of the documents vanish is refused.
     pub max_shrink: f64,
+    /// A compile that would replace the text of more than this share of the documents is refused.
+    pub max_change: f64,
+    /// Documents may vanish though an input could not be read, which may hold them.
+    pub allow_unreadable: bool,
     /// Generations that stay on disk, the published one included.
     pub keep_generations: u32,
 }
@@ -198,7 +202,15 @@ impl Default for RetrievalConfig {
 impl Default for BankConfig {
     fn default() -> Self {
         // 8 192 records of the paper's shape are 320 MB: the most that a killed run repeats.
-        Self { path: PathBuf::from("."), records_per_shard: 8192, max_shrink: 0.1, keep_generations: 4 }
+        Self {
+            path: PathBuf::from("."),
+            records_per_shard: 8192,
+            max_shrink: 0.1,
+            // Half of a corpus does not change overnight; another text field changes all of it.
+            max_change: 0.5,
+            allow_unreadable: false,
+            keep_generations: 4,
+        }
     }
 }
 
@@ -312,8 +324,10 @@ impl Config {
             &self.bank.records_per_shard,
             "choose 1 or more",
         )?;
-        let (shrink, keep) = (self.bank.max_shrink, self.bank.keep_generations);
-        check((0.0..=1.0).contains(&shrink), "bank.max_shrink", &shrink, "choose 0 to 1")?;
+        for (name, share) in [("bank.max_shrink", self.bank.max_shrink), ("bank.max_change", self.bank.max_change)] {
+            check((0.0..=1.0).contains(&share), name, &share, "choose 0 to 1")?;
+        }
+        let keep = self.bank.keep_generations;
         check(keep > 0, "bank.keep_generations", &keep, "choose 1 or more")?;
         let (sample, most) = (self.quality.sample, 4096);
         check(sample <= most, "quality.sample", &sample, "choose 0 (none) to 4096")?;

@@ -127,15 +127,21 @@ impl ContentHash {
         for token in tokens {
             hasher.update(&token.to_le_bytes());
         }
-        Self::first_half(&hasher.finalize())
+        Self::of_hash(&hasher.finalize())
     }
 
     /// Hashes the bytes of a document's text.
     pub fn of_text(text: &str) -> Self {
-        Self::first_half(&blake3::hash(text.as_bytes()))
+        Self::of_hash(&blake3::hash(text.as_bytes()))
     }
 
-    fn first_half(hash: &blake3::Hash) -> Self {
+    /// Its first 8 bytes as a number.
+    pub fn first_half(&self) -> u64 {
+        let [a, b, c, d, e, f, g, h, ..] = self.0;
+        u64::from_le_bytes([a, b, c, d, e, f, g, h])
+    }
+
+    fn of_hash(hash: &blake3::Hash) -> Self {
         let mut bytes = [0; 16];
         bytes.copy_from_slice(&hash.as_bytes()[..16]);
         Self(bytes)

@@ -12,6 +12,7 @@ mod codec_training;
 mod error;
 mod estimate;
 mod gate;
+mod lookup;
 mod plan;
 mod progress;
 mod reencode;
@@ -28,7 +29,7 @@ pub use progress::{Phase, Progress, StageMeter, StopFlag};
 pub use reencode::{Differing, Reencoding, reencode};
 pub use report::{BankReport, ChunkCounts, DocumentCounts, RunReport, StageReport};
 
-use crate::bank::{BankLock, BankWriter, DiskIo, Manifest, PublishInput, RetrievalSpec};
+use crate::bank::{BankError, BankLock, BankWriter, DiskIo, Manifest, PublishInput, RetrievalSpec};
 use crate::codec::{Codec, CodecSet, GpuCodecSet};
 use crate::config::Config;
 use crate::corpus::{Chunker, Corpus, CorpusOptions, Ledger, Skipped};
@@ -37,6 +38,7 @@ use crate::model::{
     self, DType, Device, GpuModel, MemoryEncoder, MemorySpec, ModelConfig, ModelError, ParseDeviceError,
 };
 use codec_training::{ChosenCodec, TrainingPlan};
+use lookup::Lookup;
 use settled::{bank_spec, re_embed, settled_codec};
 use stages::{Stages, Totals};
 use survey::Surveyor;
@@ -67,7 +69,8 @@ pub struct Task {
 /// Compiles the corpus that `config` names into its bank; rejected documents are listed in `ledger_path`.
 ///
 /// # Errors
-/// What cannot be opened, encoded or written; the bank's published generation stays what it was.
+/// What cannot be opened, encoded or written; the bank's published generation stays what it was, except after
+/// [`PipelineError::ReEmbedded`].
 pub fn compile(
     config: &Config,
     task: Task,
@@ -80,15 +83,39 @@ pub fn compile(
     progress.enter(Phase::Open);
     let lock = BankLock::acquire(&config.bank.path)?;
     let opened = open(config)?;
-    let retrieval = RetrievalSpec::of_setting(&config.retrieval.index);
-    retrieval.check(opened.embedder.dim())?;
+    RetrievalSpec::of_setting(&config.retrieval.index).check(opened.embedder.dim())?;
     gate::foresee(config, &opened)?;
-    let lock = if task.re_embed { re_embed(config, &opened, lock, progress)? } else { lock };
-    let bank_codec = settled_codec(config, &opened)?;
+    let mut run = Run { opened: &opened, progress, started, plan: Plan::default(), codec: None, re_embedded: None };
+    if !task.re_embed {
+        return follow_corpus(config, task, lock, ledger_path, stop, run);
+    }
+    let (lock, generation) = match re_embed(config, &opened, lock, progress, stop) {
+        Err(PipelineError::Bank(BankError::Stopped { .. })) => return Ok(run.stopped(Totals::default(), None)),
+        re_embedded => re_embedded?,
+    };
+    run.re_embedded = generation;
+    follow_corpus(config, task, lock, ledger_path, stop, run).map_err(|source| match generation {
+        Some(generation) => PipelineError::ReEmbedded { generation, source: Box::new(source) },
+        None => source,
+    })
+}
+
+/// Everything from the survey on; the embedder is the bank's.
+fn follow_corpus(
+    config: &Config,
+    task: Task,
+    lock: BankLock,
+    ledger_path: &Path,
+    stop: &StopFlag,
+    run: Run<'_>,
+) -> Result<RunReport, PipelineError> {
+    let mut run = run;
+    let (opened, progress) = (run.opened, run.progress);
+    let bank_codec = settled_codec(config, opened)?;
     tell_skipped(&opened.corpus);
     // A bank whose codec is settled may have documents already; another has none.
     let (lock, mut writer) = match &bank_codec {
-        Some(codec) => (None, Some(begin(config, &opened, codec, lock)?)),
+        Some(codec) => (None, Some(begin(config, opened, codec, lock)?)),
         None => (Some(lock), None),
     };
     if let Some(writer) = &writer
@@ -114,24 +141,27 @@ pub fn compile(
     let survey_started = Instant::now();
     let survey = surveyor.survey(writer.as_mut())?;
     progress.survey.add(usize::try_from(survey.chunks).unwrap_or(usize::MAX), survey_started.elapsed());
-    let mut run = Run { opened: &opened, progress, started, plan: Plan::default(), codec: None };
     if stop.is_set() {
         return Ok(run.stopped(Totals::default(), None));
     }
-    run.plan = Plan::new(&survey, writer.as_ref(), task.mode, config.bank.max_shrink, max_chunks)?;
+    run.plan = Plan::new(&survey, writer.as_ref(), task.mode, &config.bank, max_chunks)?;
     // Set once a run.
     let _ = progress.plan.set(run.plan.clone());
     if task.dry_run {
         return Ok(run.planned());
     }
-    if survey.documents() == 0 {
+    if survey.documents() == 0 || (survey.rejected > 0 && run.plan.refused.is_some()) {
+        // There is no main pass, which would list them.
         let mut ledger = create_ledger(ledger_path)?;
-        survey::reject_all(&opened.corpus, &opened.chunker, &mut ledger)?;
+        let lookup = Lookup::begin(writer.as_mut(), task.mode)?;
+        survey::reject_all(&opened.corpus, &opened.chunker, max_chunks, lookup, &mut ledger)?;
         ledger.finish()?;
+    }
+    if survey.documents() == 0 {
         return Err(PipelineError::NothingToCompile { read: survey.read, ledger: ledger_path.to_owned() });
     }
     if let Some(reason) = run.plan.refused {
-        return Err(PipelineError::Shrink { reason });
+        return Err(PipelineError::Refused { reason });
     }
     tell_plan(&run.plan);
     let mut ledger = create_ledger(ledger_path)?;
@@ -152,8 +182,8 @@ pub fn compile(
     progress.enter(Phase::Compile);
     let writer = match (writer, lock) {
         (Some(writer), _) => writer,
-        (None, Some(lock)) => begin(config, &opened, &codec, lock)?,
-        (None, None) => begin(config, &opened, &codec, BankLock::acquire(&config.bank.path)?)?,
+        (None, Some(lock)) => begin(config, opened, &codec, lock)?,
+        (None, None) => begin(config, opened, &codec, BankLock::acquire(&config.bank.path)?)?,
     };
     writer.keep_codec(&codec.description(), &codec.set.files(), &config.codec.to_string())?;
     let gpu = on_gpu(&*opened.encoder, &codec.set)?;
@@ -196,8 +226,9 @@ pub fn compile(
     // 5. Publish.
     progress.enter(Phase::Publish);
     let tombstones = writer.still_unclaimed(std::mem::take(&mut run.plan.dead))?;
+    writer.restore(&run.plan.restored)?;
     let measured = (&progress.gate, stop);
-    let Some(quality) = gate::check(config, &opened, &codec.set, &mut writer, &tombstones, measured)? else {
+    let Some(quality) = gate::check(config, opened, &codec.set, &mut writer, &tombstones, measured)? else {
         writer.finish_shard_now()?;
         return Ok(run.stopped(totals, Some(kept_before + totals.chunks.encoded)));
     };
@@ -205,7 +236,7 @@ pub fn compile(
         codec: codec.description(),
         codec_files: codec.set.files(),
         prefix: opened.encoder.prefix().to_safetensors_bytes()?,
-        retrieval,
+        retrieval: RetrievalSpec::of_setting(&config.retrieval.index),
         tombstones,
         quality,
         keep_generations: config.bank.keep_generations,
@@ -312,6 +343,7 @@ struct Run<'a> {
     started: Instant,
     plan: Plan,
     codec: Option<&'a ChosenCodec>,
+    re_embedded: Option<u64>,
 }
 
 impl Run<'_> {
@@ -331,7 +363,7 @@ impl Run<'_> {
     }
 
     fn report(self, totals: Totals, records_kept: Option<u64>, bank: Option<BankReport>) -> RunReport {
-        let Self { opened, progress, started, plan, codec } = self;
+        let Self { opened, progress, started, plan, codec, re_embedded } = self;
         let mut documents = totals.documents;
         (documents.vanished, documents.kept) = (plan.vanished, plan.kept);
         RunReport {
@@ -351,6 +383,7 @@ impl Run<'_> {
             saved_seconds: report::saved_seconds(progress, &totals.chunks),
             cpu_seconds: report::cpu_seconds(),
             peak_memory_bytes: report::peak_memory_bytes(),
+            re_embedded,
             stopped: bank.is_none(),
             records_kept,
             bank,

@@ -127,7 +127,7 @@ class Soak:
                 self.documents[name] = self.text()
             self.grow(self.random.randint(0, 6))
             self.write(self.documents)
-            command = ["compile", self.corpus, *self.settings(), "--allow-shrink"]
+            command = ["compile", self.corpus, *self.settings(), "--allow-shrink", "--allow-change"]
         elif verb == "append":
             old = set(self.documents)
             self.grow(3)
@@ -140,14 +140,14 @@ class Soak:
                 del self.documents[name]
             command = ["remove", *gone, "--ignore-missing", "--bank", self.bank, "--keep-generations", 3, "--allow-shrink"]
         elif verb == "compact":
-            command = ["compact", "--live-below", 0.8, "--set-aside", "--bank", self.bank, "--keep-generations", 3]
+            command = ["compact", "--live-below", 0.8, "--records-per-shard", 16, "--set-aside", "--bank", self.bank, "--keep-generations", 3]
         else:
             command = ["rollback", "--bank", self.bank, "--keep-generations", 3]
         ended = self.run(*command)
         if verb == "rollback":
             # Where it leads is known from the verb's own words only: what counts is that the corpus brings all back.
             self.write(self.documents)
-            self.must("compile", self.corpus, *self.settings(), "--allow-shrink")
+            self.must("compile", self.corpus, *self.settings(), "--allow-shrink", "--allow-change")
             ended = True
         self.abandoned = self.abandoned and not (ended and verb in ("compile", "rollback"))
         held = self.held()
@@ -198,7 +198,7 @@ class Soak:
         if self.failures:
             raise SystemExit("the reader failed:\n" + "\n".join(self.failures[:5]))
         self.write(self.documents)
-        self.must("compile", self.corpus, *self.settings(), "--allow-shrink")
+        self.must("compile", self.corpus, *self.settings(), "--allow-shrink", "--allow-change")
         verified = self.command("verify", "--bank", self.bank)
         if verified.returncode or self.held() != self.documents:
             raise SystemExit(f"at the end: {verified.stdout} {verified.stderr}")

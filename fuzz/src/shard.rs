@@ -109,6 +109,7 @@ fn manifest_of(shard: &Shard, bytes: &[u8]) -> Manifest {
             files: BTreeMap::new(),
         },
         retrieval: RetrievalEntry {
+            trained: None,
             factory: "Flat".to_owned(),
             metric: "inner_product".to_owned(),
             dim: header.vector_dim as u64,

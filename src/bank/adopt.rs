@@ -11,11 +11,12 @@ use std::path::{Path, PathBuf};
 
 use crate::bank::documents::Use;
 use crate::bank::error::BankError;
-use crate::bank::io::{Io, hash_file};
+use crate::bank::io::{self, Io, hash_file};
 use crate::bank::layout::SectionKind;
 use crate::bank::lock::BankLock;
 use crate::bank::manifest::{Manifest, ShardEntry};
-use crate::bank::rewrite::{Leftovers, sweep_copies};
+use crate::bank::mark::sweep_copies;
+use crate::bank::rewrite::Leftovers;
 use crate::bank::shard::Shard;
 use crate::bank::shard_writer::{part_name, shard_name};
 use crate::bank::tombstones::Tombstones;
@@ -161,19 +162,30 @@ pub(crate) fn set_aside_unpublished(
     manifest: &Manifest,
     leftovers: Leftovers,
 ) -> Result<(), BankError> {
-    let shards_dir = dir.join("shards");
-    let unpublished = |name: &String| parse_name(name).is_some_and(|(number, _)| number >= manifest.next_shard);
-    let files: Vec<String> = names(&shards_dir)?.into_iter().filter(unpublished).collect();
-    if files.is_empty() {
-        return Ok(());
+    let files = shards_from(dir, manifest.next_shard)?;
+    if leftovers == Leftovers::Refuse && !files.is_empty() {
+        return Err(BankError::UnpublishedWork { path: dir.join("shards"), files });
     }
-    if leftovers == Leftovers::Refuse {
-        return Err(BankError::UnpublishedWork { path: shards_dir, files });
+    set_shards_aside(io, dir, manifest.next_shard)
+}
+
+/// File names of the shards with this number or a higher one.
+pub(crate) fn shards_from(dir: &Path, first: u32) -> Result<Vec<String>, BankError> {
+    let folder = dir.join("shards");
+    if !folder.exists() {
+        return Ok(Vec::new());
     }
-    for name in files {
-        set_aside(io, shards_dir.join(name), Refusal::Gap, &mut Startup::default())?;
+    let wanted = |name: &String| parse_name(name).is_some_and(|(number, _)| number >= first);
+    Ok(names(&folder)?.into_iter().filter(wanted).collect())
+}
+
+/// Gives the shards with this number or a higher one another name.
+pub(crate) fn set_shards_aside(io: &dyn Io, dir: &Path, first: u32) -> Result<(), BankError> {
+    let (folder, files) = (dir.join("shards"), shards_from(dir, first)?);
+    for name in &files {
+        set_shard_aside(io, folder.join(name), Refusal::Gap, &mut Startup::default())?;
     }
-    io.sync_dir(&shards_dir).map_err(BankError::io(&shards_dir, "sync"))
+    if files.is_empty() { Ok(()) } else { io.sync_dir(&folder).map_err(BankError::io(&folder, "sync")) }
 }
 
 /// Takes over the unpublished shards and removes those that do not fit.
@@ -192,17 +204,17 @@ fn adopt(shards_dir: &Path, spec: &BankSpec, io: &dyn Io, found: &mut Survey) ->
             continue;
         }
         if number != found.next_shard || found.part.is_some() {
-            set_aside(io, path, Refusal::Gap, &mut found.startup)?;
+            set_shard_aside(io, path, Refusal::Gap, &mut found.startup)?;
             continue;
         }
         let shard = match check(&path, number)? {
             Ok(shard) if dangles(&shard, &found.shards)? => {
-                set_aside(io, path, Refusal::Dangling, &mut found.startup)?;
+                set_shard_aside(io, path, Refusal::Dangling, &mut found.startup)?;
                 continue;
             }
             Ok(shard) => shard,
             Err(refusal) => {
-                set_aside(io, path, refusal, &mut found.startup)?;
+                set_shard_aside(io, path, refusal, &mut found.startup)?;
                 continue;
             }
         };
@@ -306,11 +318,8 @@ fn refuse_other_settings(path: &Path, manifest: &Manifest, spec: &BankSpec) -> R
 }
 
 /// Takes a shard out of the way without losing it.
-fn set_aside(io: &dyn Io, path: PathBuf, refusal: Refusal, startup: &mut Startup) -> Result<(), BankError> {
-    let mut aside = path.clone().into_os_string();
-    aside.push(".aside");
-    let aside = PathBuf::from(aside);
-    io.rename(&path, &aside).map_err(BankError::io(&aside, "rename to"))?;
+fn set_shard_aside(io: &dyn Io, path: PathBuf, refusal: Refusal, startup: &mut Startup) -> Result<(), BankError> {
+    let aside = io::set_aside(io, &path)?;
     tracing::warn!("{}: kept as {}, not used: {refusal}", path.display(), aside.display());
     startup.removed.push((path, refusal));
     Ok(())

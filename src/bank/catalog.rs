@@ -213,6 +213,15 @@ impl Catalog {
         Ok(before.is_none_or(|pass| *pass != self.pass))
     }
 
+    /// Takes the note back.
+    ///
+    /// # Errors
+    /// [`BankError::Catalog`].
+    pub(crate) fn forget(&self, id: &str) -> Result<(), BankError> {
+        self.seen.remove(id.as_bytes()).map_err(self.error("write"))?;
+        Ok(())
+    }
+
     /// Has this pass noted a document id?
     ///
     /// # Errors

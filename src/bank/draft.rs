@@ -11,10 +11,12 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::bank::adopt::{has_shards, set_shards_aside};
 use crate::bank::error::BankError;
-use crate::bank::io::{store, write_file};
+use crate::bank::io::{Io, set_aside, store, write_file};
 use crate::bank::layout::FORMAT_VERSION;
-use crate::bank::manifest::{CodecDescription, CodecEntry, FileEntry, check_head, check_name};
+use crate::bank::manifest::{CodecDescription, CodecEntry, FileEntry, Manifest, check_head, check_name};
+use crate::bank::retention::kept_generations;
 use crate::bank::writer::BankWriter;
 use crate::fingerprint::Fingerprint;
 
@@ -67,6 +69,25 @@ impl Draft {
         draft.codec.files.values().try_for_each(|file| check_name(path, &file.file))?;
         Ok(draft)
     }
+}
+
+/// Takes a damaged draft out of the way; where nothing is published, with the shards that only it could tell how to go on
+/// with. Says what was done. The caller holds the lock.
+pub(crate) fn set_aside_damaged_draft(io: &dyn Io, dir: &Path) -> Result<Vec<String>, BankError> {
+    match Draft::read(dir) {
+        Ok(_) => return Ok(Vec::new()),
+        Err(BankError::Json { .. } | BankError::Corrupt { .. }) => {}
+        Err(error) => return Err(error),
+    }
+    let mut done = Vec::new();
+    let published = Manifest::path(dir).exists() || !kept_generations(dir)?.is_empty();
+    if !published && has_shards(dir)? {
+        set_shards_aside(io, dir, 1)?;
+        done.push("shards/: kept as *.aside, there is no telling which settings they were made with".to_owned());
+    }
+    let aside = set_aside(io, &Draft::path(dir))?;
+    done.push(format!("index/{NAME}: damaged, kept as {}", aside.display()));
+    Ok(done)
 }
 
 impl BankWriter {

@@ -221,6 +221,12 @@ pub enum BankError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// A rewriting was asked to stop.
+    #[error("{}: stopped before all shards were rewritten; the published generation stays", path.display())]
+    Stopped {
+        /// The shard that was next.
+        path: PathBuf,
+    },
     /// A generation that is not kept.
     #[error(
         "{}: generation {generation} is not kept, these are: {}; `memory3 generations` lists them",

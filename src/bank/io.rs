@@ -138,6 +138,21 @@ pub(crate) fn store(
     Ok(FileEntry { file: name, bytes: bytes.len() as u64, blake3: hash.to_hex().to_string() })
 }
 
+/// Gives a file a free name that ends in `.aside`, so that it is out of the way and not lost; returns that name.
+///
+/// # Errors
+/// [`BankError::Io`].
+pub(crate) fn set_aside(io: &dyn Io, path: &Path) -> Result<PathBuf, BankError> {
+    let mut aside = path.with_added_extension("aside");
+    let mut number = 2;
+    while aside.exists() {
+        aside = path.with_added_extension(format!("{number}.aside"));
+        number += 1;
+    }
+    io.rename(path, &aside).map_err(BankError::io(&aside, "rename to"))?;
+    Ok(aside)
+}
+
 /// The name of a content-addressed file.
 pub(crate) fn content_name(stem: &str, extension: &str, hash: &blake3::Hash) -> String {
     format!("{stem}-{}.{extension}", &hash.to_hex().as_str()[..12])

@@ -139,9 +139,21 @@ pub struct RetrievalEntry {
     pub dim: u64,
     /// Vectors in the index.
     pub count: u64,
+    /// What its lists were trained on; nothing for an index without lists.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trained: Option<Trained>,
     /// The index file.
     #[serde(flatten)]
     pub file: FileEntry,
+}
+
+/// The vectors that an index with lists was trained among, and what has come since.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trained {
+    /// Vectors of the index when it was trained.
+    pub vectors: u64,
+    /// Vectors added since, those counted that are gone again.
+    pub added: u64,
 }
 
 /// The tombstones file.

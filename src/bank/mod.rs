@@ -9,6 +9,7 @@
 mod adopt;
 mod bank_reader;
 mod catalog;
+mod compact;
 mod contents;
 mod documents;
 mod draft;
@@ -21,8 +22,10 @@ pub mod layout;
 mod live;
 mod lock;
 mod manifest;
+mod mark;
 mod mmap;
 mod publish;
+mod reindex;
 mod repair;
 mod replaced;
 mod retention;
@@ -34,6 +37,7 @@ mod shard;
 mod shard_header;
 mod shard_writer;
 mod sizing;
+mod text_reader;
 mod texts;
 mod tombstones;
 mod verify;
@@ -41,6 +45,7 @@ mod writer;
 
 pub use adopt::{Refusal, Startup, has_shards};
 pub use bank_reader::{Bank, ChunkUse, Hit};
+pub use compact::{Compaction, ShardLife};
 pub use documents::{Chunk, DocumentRow, RowId};
 pub use draft::Draft;
 pub use edit::{BankEditor, RemoveOptions, rollback, rollback_locked};
@@ -51,13 +56,14 @@ pub use io::{DiskIo, Io, IoFile};
 pub use lock::BankLock;
 pub use manifest::{
     BankShape, CodecDescription, CodecEntry, Counts, FileEntry, Manifest, RetrievalEntry, ShardEntry, TombstonesEntry,
+    Trained,
 };
 pub use publish::{PublishInput, RetrievalSpec};
 pub use repair::{Repair, RepairOptions, repair};
-pub use replaced::Vanished;
+pub use replaced::Unclaimed;
 pub use retention::kept_generations;
 pub use retrieval::{RetrievalIndex, SearchParams};
-pub use rewrite::{Compaction, Embed, Leftovers, NewVectors, ShardLife};
+pub use rewrite::{Embed, Leftovers, NewVectors};
 pub use sampled::SampledRecord;
 pub use shard::{RecordRef, Shard};
 pub use shard_header::ShardHeader;

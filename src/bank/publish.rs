@@ -16,7 +16,10 @@ use crate::bank::error::BankError;
 use crate::bank::io::{Io, content_name, hash_file, store, write_file};
 use crate::bank::layout::FORMAT_VERSION;
 use crate::bank::live::Live;
-use crate::bank::manifest::{CodecDescription, CodecEntry, FileEntry, Manifest, RetrievalEntry, TombstonesEntry};
+use crate::bank::manifest::{
+    CodecDescription, CodecEntry, FileEntry, Manifest, RetrievalEntry, TombstonesEntry, Trained,
+};
+use crate::bank::reindex::update;
 use crate::bank::retention::retain;
 use crate::bank::retrieval::{METRIC, Plan, build};
 use crate::bank::sequence::ShardSequence;
@@ -210,7 +213,7 @@ impl Publication<'_> {
         Ok(Some(TombstonesEntry { count: tombstones.rows().len() as u64, file }))
     }
 
-    /// Builds the retrieval index, or keeps the published one if it is of the same records.
+    /// Keeps the published retrieval index if it is of the same records, brings it up to date, or builds one.
     fn retrieval(
         &self,
         spec: &RetrievalSpec,
@@ -232,7 +235,17 @@ impl Publication<'_> {
         }
         // FAISS writes the file itself; it gets its name, which is its hash, when it is there.
         let scratch = index_dir.join("retrieval.faiss.tmp");
-        let count = build(&plan, dim, sequence.shards.values(), live, &scratch)?;
+        let updated = match self.published {
+            Some(published) => update(published, self.dir, &plan, sequence, live, &scratch)?,
+            None => None,
+        };
+        let trained = match updated {
+            Some(trained) => Some(trained),
+            None => {
+                build(&plan, dim, sequence.shards.values(), live, &scratch)?;
+                Trained::now(&plan, live.counts.records)
+            }
+        };
         self.io.sync_file(&scratch).map_err(BankError::io(&scratch, "sync"))?;
         let (hash, bytes) = hash_file(&scratch)?;
         let name = content_name("retrieval", "faiss", &hash);
@@ -243,7 +256,8 @@ impl Publication<'_> {
             factory: plan.factory,
             metric: METRIC.to_owned(),
             dim: dim as u64,
-            count,
+            count: live.counts.records,
+            trained,
             file: FileEntry { file: name, bytes, blake3: hash.to_hex().to_string() },
         })
     }

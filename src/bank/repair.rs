@@ -15,12 +15,14 @@ use serde::Serialize;
 use crate::bank::adopt::{names, open_listed, read_tombstones, set_aside_unpublished, sweep};
 use crate::bank::catalog::Catalog;
 use crate::bank::documents::RowId;
+use crate::bank::draft::set_aside_damaged_draft;
 use crate::bank::edit::BankEditor;
 use crate::bank::error::BankError;
-use crate::bank::io::{DiskIo, Io, hash_file, write_file};
+use crate::bank::io::{DiskIo, Io, hash_file, set_aside, write_file};
 use crate::bank::layout::SectionKind;
 use crate::bank::lock::BankLock;
 use crate::bank::manifest::{FileEntry, Manifest};
+use crate::bank::mark::set_aside_damaged_mark;
 use crate::bank::publish::{Parts, Publication, is_whole};
 use crate::bank::retention::{kept_generations, read_kept};
 use crate::bank::retrieval::RetrievalIndex;
@@ -57,7 +59,7 @@ pub struct Repair {
     pub documents: Vec<String>,
     /// Document rows whose ids cannot be read.
     pub unreadable_documents: u64,
-    /// The generation that is published now.
+    /// The generation that is published now; 0 if there is none.
     pub generation: u64,
     /// What is damaged was dropped.
     pub dropped: bool,
@@ -84,8 +86,14 @@ pub fn repair(dir: &Path, options: RepairOptions) -> Result<Repair, BankError> {
     let lock = BankLock::acquire(dir)?;
     let mut repair = Repair::default();
     // 1. The manifest, and its copy.
-    let manifest = restore_manifest(&*io, dir, &mut repair)?;
+    repair.done.extend(set_aside_damaged_draft(&*io, dir)?);
+    let manifest = match restore_manifest(&*io, dir, &mut repair) {
+        // There was only the beginning of a first compile.
+        Err(BankError::NotABank { .. }) if !repair.done.is_empty() => return Ok(repair),
+        manifest => manifest?,
+    };
     repair.generation = manifest.generation;
+    repair.done.extend(set_aside_damaged_mark(&*io, dir, &manifest)?);
     sweep(&*io, dir, &manifest)?;
     // 2. Files that have a second name.
     let index_dir = dir.join("index");
@@ -147,9 +155,8 @@ fn restore_manifest(io: &dyn Io, dir: &Path, repair: &mut Repair) -> Result<Mani
                 manifest.next_shard = manifest.next_shard.max(highest_shard(dir)? + 1);
             }
             if path.exists() {
-                let aside = index_dir.join("manifest.json.aside");
-                io.rename(&path, &aside).map_err(BankError::io(&aside, "rename to"))?;
-                repair.done.push("index/manifest.json: damaged, kept as manifest.json.aside".to_owned());
+                let aside = set_aside(io, &path)?;
+                repair.done.push(format!("index/manifest.json: damaged, kept as {}", aside.display()));
             }
             let bytes = manifest.to_bytes(&path)?;
             let copy = Manifest::generation_name(manifest.generation);

@@ -11,23 +11,23 @@ use crate::bank::documents::RowId;
 use crate::bank::error::BankError;
 use crate::bank::shard::Shard;
 use crate::bank::tombstones::Tombstones;
-use crate::bank::writer::BankWriter;
+use crate::bank::writer::{BankWriter, NewDocument};
 use crate::memory::ContentHash;
 
-/// A document that the corpus no longer has.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Vanished {
-    /// Its live row.
-    pub row: RowId,
+/// A live document that a pass over the corpus has not claimed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unclaimed<'a> {
     /// Its id.
-    pub id: String,
-    /// Whether the published generation has the document, by this row or one that this row replaces; others were left by an
-    /// interrupted run.
-    pub published: bool,
+    pub id: &'a str,
+    /// Its last row.
+    pub row: RowId,
+    /// Its row in the published generation: `row` itself, or the one that `row` replaces since an interrupted run; nothing
+    /// if only such a run has the document.
+    pub published: Option<RowId>,
 }
 
-/// The rows without tombstone that a later row with the same id replaces, each with the last such row. Only a shard from `first_new` on can replace
-/// rows: an older generation has one live row for each id.
+/// The rows without tombstone that a later row with the same id replaces, each with the last such row. Only a shard from
+/// `first_new` on can replace rows: an older generation has one live row for each id.
 pub(crate) fn superseded(
     shards: &BTreeMap<u32, Shard>,
     tombstones: &Tombstones,
@@ -76,8 +76,17 @@ impl BankWriter {
         if !self.replaces {
             return Ok(Vec::new());
         }
-        let first_new = self.published.as_ref().map_or(1, |published| published.next_shard);
-        superseded(&self.sequence.shards, &self.tombstones, first_new)
+        superseded(&self.sequence.shards, &self.tombstones, self.first_new())
+    }
+
+    /// The first shard that is not published.
+    fn first_new(&self) -> u32 {
+        self.published.as_ref().map_or(1, |published| published.next_shard)
+    }
+
+    /// Has the published generation this row?
+    pub fn is_published(&self, row: RowId) -> bool {
+        row.shard < self.first_new()
     }
 
     /// Did an interrupted run leave rows that replace others, in finished shards or in one that was cut short?
@@ -113,22 +122,24 @@ impl BankWriter {
         Ok(kept)
     }
 
-    /// The live documents whose ids this pass has not claimed.
+    /// Calls `look` with the live documents whose ids this pass has not claimed, one after the other.
     ///
     /// # Errors
-    /// [`BankError::Catalog`], [`BankError::Corrupt`].
-    pub fn unclaimed(&self) -> Result<Vec<Vanished>, BankError> {
-        let next = self.published.as_ref().map_or(1, |published| published.next_shard);
+    /// [`BankError::Catalog`], [`BankError::Corrupt`]; those of `look`.
+    pub fn for_each_unclaimed(
+        &self,
+        mut look: impl FnMut(Unclaimed<'_>) -> Result<(), BankError>,
+    ) -> Result<(), BankError> {
         let superseded = self.superseded()?;
         let replaced: HashSet<RowId> = superseded.iter().map(|&(old, _)| old).collect();
-        let heirs: HashSet<RowId> =
-            superseded.iter().filter(|(old, _)| old.shard < next).map(|&(_, newest)| newest).collect();
-        let mut vanished = Vec::new();
+        let published = superseded.iter().filter(|(old, _)| self.is_published(*old));
+        let ancestors: HashMap<RowId, RowId> = published.map(|&(old, newest)| (newest, old)).collect();
+        let published = |row| if self.is_published(row) { Some(row) } else { ancestors.get(&row).copied() };
         for_each_live_row(self.sequence.shards.iter(), &self.tombstones, |row, id| {
             // Of a row that an open one replaces, the open one is told below.
             let replaced = replaced.contains(&row) || self.open_documents.contains_key(id);
             if !replaced && !self.catalog.is_noted(id)? {
-                vanished.push(Vanished { row, id: id.to_owned(), published: row.shard < next || heirs.contains(&row) });
+                look(Unclaimed { id, row, published: published(row) })?;
             }
             Ok(())
         })?;
@@ -137,10 +148,53 @@ impl BankWriter {
         open.sort_unstable();
         for (row, id) in open {
             if !self.catalog.is_noted(id)? {
-                let published = self.closed_row(id)?.is_some_and(|(old, _)| old.shard < next);
-                vanished.push(Vanished { row, id: id.clone(), published });
+                look(Unclaimed { id, row, published: self.closed_row(id)?.and_then(|(old, _)| published(old)) })?;
             }
         }
-        Ok(vanished)
+        Ok(())
+    }
+
+    /// Calls `look` with the ids of published documents to which an interrupted run has given another text, and which this
+    /// pass has claimed.
+    ///
+    /// # Errors
+    /// [`BankError::Catalog`], [`BankError::Corrupt`].
+    pub fn for_each_adopted_change(&self, mut look: impl FnMut(&str)) -> Result<(), BankError> {
+        let shards = &self.sequence.shards;
+        for (old, newest) in self.superseded()?.into_iter().filter(|(old, _)| self.is_published(*old)) {
+            let (Some(shard), Some(later)) = (shards.get(&old.shard), shards.get(&newest.shard)) else { continue };
+            let (old, newest) = (shard.document(old.row)?, later.document(newest.row)?);
+            if old.text_hash != newest.text_hash && self.catalog.is_noted(old.id)? {
+                look(old.id);
+            }
+        }
+        for (id, &(_, text_hash)) in &self.open_documents {
+            // Documents that have a row in a finished shard of that run too are among those above.
+            let changed = |(old, hash): (RowId, ContentHash)| self.is_published(old) && hash != text_hash;
+            if self.closed_row(id)?.is_some_and(changed) && self.catalog.is_noted(id)? {
+                look(id);
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes published rows once more, as the last of their documents, where an interrupted run has left later ones: what
+    /// was never published must not come to life by a run that has not seen it. Documents that this pass has claimed are
+    /// passed over.
+    ///
+    /// # Errors
+    /// [`BankError::Catalog`], [`BankError::Corrupt`], [`BankError::Io`].
+    pub fn restore(&mut self, rows: &[RowId]) -> Result<(), BankError> {
+        for row in rows {
+            let Some(shard) = self.sequence.shards.get(&row.shard) else { continue };
+            let document = shard.document(row.row)?;
+            let (id, text_hash) = (document.id.to_owned(), document.text_hash);
+            let chunks = document.chunks().collect();
+            let is_last = self.document_row(&id)?.is_some_and(|(_, hash)| hash == text_hash);
+            if !is_last && !self.catalog.is_noted(&id)? {
+                self.push_document(&NewDocument { id, text_hash, chunks })?;
+            }
+        }
+        Ok(())
     }
 }

@@ -11,7 +11,6 @@ use std::fs;
 use std::path::Path;
 
 use crate::bank::adopt::{names, parse_name};
-use crate::bank::draft::Draft;
 use crate::bank::error::BankError;
 use crate::bank::io::Io;
 use crate::bank::manifest::Manifest;
@@ -74,9 +73,6 @@ pub(crate) fn retain(io: &dyn Io, dir: &Path, current: &Manifest, keep: u32) -> 
         name_files(&read_kept(dir, number)?, &mut named);
     }
     name_files(current, &mut named);
-    if let Some(draft) = Draft::read(dir)? {
-        named.extend(draft.codec.files.into_values().map(|file| file.file));
-    }
     for name in names(&shards_dir)? {
         let published = parse_name(&name).is_some_and(|(number, part)| !part && number < current.next_shard);
         if published && !named.contains(&name) {

@@ -47,6 +47,11 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
+    /// Is it divided into lists around trained centroids?
+    pub(crate) fn has_lists(&self) -> bool {
+        self.nprobe > 0
+    }
+
     /// Training vectors, at most.
     pub(crate) fn training_vectors(&self) -> usize {
         self.training
@@ -114,7 +119,7 @@ impl RetrievalSpec {
     }
 }
 
-/// Builds the index over the live records and writes it to `path`. Returns how many vectors it holds.
+/// Builds the index over the live records and writes it to `path`.
 ///
 /// # Errors
 /// [`BankError::Faiss`], for example for a factory string that FAISS refuses.
@@ -124,7 +129,7 @@ pub(crate) fn build<'a>(
     shards: impl Iterator<Item = &'a Shard> + Clone,
     live: &Live,
     path: &Path,
-) -> Result<u64, BankError> {
+) -> Result<(), BankError> {
     let width = u32::try_from(dim).map_err(|_| BankError::bad_input("width of vectors", "below 2^32", dim))?;
     let mut index = index_factory(width, &plan.factory, MetricType::InnerProduct)
         .map_err(BankError::faiss(path, "understand the factory string of"))?;
@@ -135,9 +140,14 @@ pub(crate) fn build<'a>(
     }
     if index.is_trained() {
         for shard in shards {
-            add_shard(&mut index, shard, dim, live, path)?;
+            add_slots(&mut index, shard, &live.slots(shard), path)?;
         }
     }
+    finish(index, plan, count, path)
+}
+
+/// Writes an index of `count` vectors to `path`.
+pub(crate) fn finish(index: IndexImpl, plan: &Plan, count: u64, path: &Path) -> Result<(), BankError> {
     if plan.nprobe > 0 {
         set_nprobe(&index, plan.nprobe, path)?;
     }
@@ -149,7 +159,7 @@ pub(crate) fn build<'a>(
     if read != count || written != count {
         return Err(BankError::corrupt(path, 0, "vectors of the index", count, format!("{written}, read back {read}")));
     }
-    Ok(count)
+    Ok(())
 }
 
 /// Every `count / wanted`-th live vector.
@@ -180,8 +190,9 @@ fn vector_of(vectors: &[f32], slot: u32, dim: usize) -> &[f32] {
     &vectors[slot as usize * dim..][..dim]
 }
 
-fn add_shard(index: &mut IndexImpl, shard: &Shard, dim: usize, live: &Live, path: &Path) -> Result<(), BankError> {
-    let slots = live.slots(shard);
+/// Adds the vectors of these slots of a shard.
+pub(crate) fn add_slots(index: &mut IndexImpl, shard: &Shard, slots: &[u32], path: &Path) -> Result<(), BankError> {
+    let dim = shard.header().vector_dim;
     let id = |slot: &u32| Idx::new(RecordId { shard: shard.number(), slot: *slot }.as_u64());
     let whole = slots.len() == shard.records() as usize;
     for batch in slots.chunks(BATCH) {
@@ -270,6 +281,11 @@ impl RetrievalIndex {
             nprobe,
             state: Mutex::new(State { index, nprobe }),
         })
+    }
+
+    /// The index, to be changed.
+    pub(crate) fn into_inner(self) -> IndexImpl {
+        self.state.into_inner().unwrap_or_else(PoisonError::into_inner).index
     }
 
     /// Vectors in the index.

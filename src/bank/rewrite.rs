@@ -7,32 +7,27 @@
 //! the next writer that unpublished shards are only copies, and may go.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs;
-use std::io;
-use std::path::Path;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
-
-use crate::bank::adopt::{names, parse_name, set_aside_unpublished};
+use crate::bank::adopt::{set_aside_unpublished, sweep};
 use crate::bank::catalog::Catalog;
 use crate::bank::documents::{Chunk, RowId};
 use crate::bank::edit::BankEditor;
 use crate::bank::error::BankError;
-use crate::bank::io::{Io, write_file};
-use crate::bank::layout::{FORMAT_VERSION, SectionKind};
+use crate::bank::layout::SectionKind;
 use crate::bank::live::Live;
+use crate::bank::lock::BankLock;
 use crate::bank::manifest::Manifest;
-use crate::bank::publish::{Parts, Publication};
+use crate::bank::mark::Mark;
+use crate::bank::publish::{Parts, Publication, RetrievalSpec};
 use crate::bank::sequence::ShardSequence;
 use crate::bank::shard::Shard;
+use crate::bank::text_reader::TextReader;
 use crate::bank::tombstones::Tombstones;
 use crate::bank::writer::{BankSpec, NewDocument, NewRecord};
 use crate::fingerprint::Fingerprint;
 use crate::memory::RecordId;
 
-const FORMAT: &str = "memory3 rewrite";
-const NAME: &str = "rewrite.json";
 /// Records whose texts are embedded together.
 const BATCH: usize = 256;
 
@@ -45,8 +40,8 @@ pub enum Leftovers {
     SetAside,
 }
 
-/// Makes retrieval vectors of texts, one after the other.
-pub type Embed<'a> = dyn FnMut(&[&str]) -> Result<Vec<f32>, Box<dyn std::error::Error + Send + Sync>> + 'a;
+/// Makes retrieval vectors of texts, one after the other; none if it was asked to stop.
+pub type Embed<'a> = dyn FnMut(&[&str]) -> Result<Option<Vec<f32>>, Box<dyn std::error::Error + Send + Sync>> + 'a;
 
 /// Other retrieval vectors.
 pub struct NewVectors<'a> {
@@ -56,152 +51,21 @@ pub struct NewVectors<'a> {
     pub dim: usize,
     /// Makes them.
     pub embed: &'a mut Embed<'a>,
-}
-
-/// A shard and how much of it is live.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct ShardLife {
-    /// Its number.
-    pub shard: u32,
-    /// Its records.
-    pub records: u64,
-    /// Those that a live document uses.
-    pub live: u64,
-    /// Length of its file.
-    pub bytes: u64,
-}
-
-/// What [`BankEditor::compact`] does, or would do.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Compaction {
-    /// The shards that are rewritten.
-    pub shards: Vec<ShardLife>,
-    /// Bytes of all shards before.
-    pub bytes_before: u64,
-    /// Bytes of all shards after; an estimate in a dry run.
-    pub bytes_after: u64,
-    /// Generation that was published, if there was anything to do.
-    pub generation: Option<u64>,
-}
-
-/// Says that unpublished shards are copies.
-#[derive(Debug, Serialize, Deserialize)]
-struct Mark {
-    format: String,
-    version: u32,
-    /// The generation that is being rewritten.
-    generation: u64,
-}
-
-/// Removes what an interrupted rewriting left. The caller holds the lock.
-pub(crate) fn sweep_copies(io: &dyn Io, dir: &Path, manifest: &Manifest) -> Result<(), BankError> {
-    let (index_dir, shards_dir) = (dir.join("index"), dir.join("shards"));
-    let path = index_dir.join(NAME);
-    let bytes = match fs::read(&path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(source) => return Err(BankError::Io { path, action: "read", source }),
-    };
-    let mark: Mark = serde_json::from_slice(&bytes).map_err(|source| BankError::Json { path: path.clone(), source })?;
-    let remove = |path: &Path| io.remove(path).map_err(BankError::io(path, "remove"));
-    // After its publication the mark is only late.
-    if mark.generation == manifest.generation && shards_dir.exists() {
-        for name in names(&shards_dir)? {
-            if parse_name(&name).is_some_and(|(number, part)| !part && number >= manifest.next_shard) {
-                remove(&shards_dir.join(name))?;
-            }
-        }
-        io.sync_dir(&shards_dir).map_err(BankError::io(&shards_dir, "sync"))?;
-    }
-    remove(&path)?;
-    io.sync_dir(&index_dir).map_err(BankError::io(&index_dir, "sync"))
+    /// The index over them.
+    pub retrieval: RetrievalSpec,
 }
 
 impl BankEditor {
-    /// How much of each shard is live.
+    /// Rewrites all shards with other retrieval vectors, and publishes; also gives the lock back.
     ///
     /// # Errors
-    /// [`BankError::Corrupt`].
-    pub fn life(&self) -> Result<Vec<ShardLife>, BankError> {
-        let live = Live::of(&self.shards, &self.tombstones)?;
-        let life = self.shards.values().map(|shard| ShardLife {
-            shard: shard.number(),
-            records: u64::from(shard.records()),
-            live: live.slots(shard).len() as u64,
-            bytes: shard.bytes(),
-        });
-        Ok(life.collect())
-    }
-
-    /// The shards whose live share is below `live_below`, and what rewriting them would leave.
-    ///
-    /// # Errors
-    /// [`BankError::Corrupt`].
-    pub fn plan_compaction(&self, live_below: f64) -> Result<Compaction, BankError> {
-        // Shares of counts, and sizes for people: below 2^53.
-        #[allow(clippy::cast_precision_loss)]
-        let share = |life: &ShardLife| match life.records {
-            0 => self.live_rows(life.shard) as f64 / f64::from(self.shards[&life.shard].documents().max(1)),
-            records => life.live as f64 / records as f64,
-        };
-        let (rewritten, kept): (Vec<_>, Vec<_>) = self.life()?.into_iter().partition(|life| share(life) < live_below);
-        let bytes = |shards: &[ShardLife]| shards.iter().map(|life| life.bytes).sum::<u64>();
-        // Rounded for people.
-        #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-        let left: u64 = rewritten.iter().map(|life| (life.bytes as f64 * share(life)) as u64).sum();
-        Ok(Compaction {
-            bytes_before: bytes(&kept) + bytes(&rewritten),
-            bytes_after: bytes(&kept) + left,
-            shards: rewritten,
-            generation: None,
-        })
-    }
-
-    fn live_rows(&self, number: u32) -> u64 {
-        let rows = 0..self.shards.get(&number).map_or(0, Shard::documents);
-        rows.filter(|&row| !self.tombstones.contains(RowId { shard: number, row })).count() as u64
-    }
-
-    /// Rewrites the shards whose live share is below `live_below`, and publishes. A new shard takes at most
-    /// `records_per_shard` records.
-    ///
-    /// # Errors
-    /// [`BankError::UnpublishedWork`] unless leftovers may be set aside; [`BankError::Corrupt`] if what is to be copied is
-    /// damaged.
-    pub fn compact(
-        self,
-        live_below: f64,
-        records_per_shard: u32,
-        leftovers: Leftovers,
-    ) -> Result<(Compaction, Manifest), BankError> {
-        let mut compaction = self.plan_compaction(live_below)?;
-        if compaction.shards.is_empty() {
-            return Ok((compaction, self.manifest));
-        }
-        let live = Live::of(&self.shards, &self.tombstones)?;
-        let choice = Choice {
-            shards: compaction.shards.iter().map(|life| life.shard).collect(),
-            goes_along: &|record| live.contains(record),
-            untrusted_rows: BTreeSet::new(),
-            may_lose: false,
-            check: true,
-        };
-        let (manifest, _) = self.rewrite(choice, records_per_shard, leftovers, None)?;
-        compaction.bytes_after = manifest.shards.iter().map(|entry| entry.bytes).sum();
-        compaction.generation = Some(manifest.generation);
-        Ok((compaction, manifest))
-    }
-
-    /// Rewrites all shards with other retrieval vectors, and publishes.
-    ///
-    /// # Errors
-    /// As [`BankEditor::compact`]; [`BankError::Embed`].
+    /// As [`BankEditor::compact`]; [`BankError::Embed`]; [`BankError::Stopped`], after which nothing is left of it.
     pub fn re_embed(
         self,
         vectors: NewVectors<'_>,
         records_per_shard: u32,
         leftovers: Leftovers,
-    ) -> Result<Manifest, BankError> {
+    ) -> Result<(Manifest, BankLock), BankError> {
         let live = Live::of(&self.shards, &self.tombstones)?;
         let choice = Choice {
             shards: self.shards.keys().copied().collect(),
@@ -210,12 +74,19 @@ impl BankEditor {
             may_lose: false,
             check: true,
         };
-        Ok(self.rewrite(choice, records_per_shard, leftovers, Some(vectors))?.0)
+        match self.rewrite(choice, records_per_shard, leftovers, Some(vectors)) {
+            Ok((manifest, _)) => Ok((manifest, self.lock)),
+            Err(error @ BankError::Stopped { .. }) => {
+                sweep(&*self.io, self.dir(), &self.manifest)?;
+                Err(error)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Writes the chosen shards anew and publishes; also returns the ids of the documents that were lost.
     pub(crate) fn rewrite(
-        self,
+        &self,
         choice: Choice<'_>,
         records_per_shard: u32,
         leftovers: Leftovers,
@@ -223,20 +94,19 @@ impl BankEditor {
     ) -> Result<(Manifest, Vec<String>), BankError> {
         let Self { lock, io, manifest, shards, tombstones, keep } = self;
         let dir = lock.dir();
-        set_aside_unpublished(&*io, dir, &manifest, leftovers)?;
+        set_aside_unpublished(&**io, dir, manifest, leftovers)?;
         if choice.check {
-            for (number, shard) in &shards {
+            for (number, shard) in shards {
                 check_sections(shard, choice.shards.contains(number))?;
             }
         }
-        let mark = Mark { format: FORMAT.to_owned(), version: FORMAT_VERSION, generation: manifest.generation };
-        let path = dir.join("index").join(NAME);
-        let bytes = serde_json::to_vec(&mark).map_err(|source| BankError::Json { path: path.clone(), source })?;
-        write_file(&*io, &dir.join("index"), NAME, &bytes)?;
+        Mark::write(&**io, dir, manifest.generation)?;
 
-        let mut spec = BankSpec { records_per_shard, ..BankSpec::of(&manifest) };
+        let mut spec = BankSpec { records_per_shard, ..BankSpec::of(manifest) };
+        let mut parts = Parts::of(manifest);
         if let Some(vectors) = &vectors {
             (spec.embedder, spec.vector_dim) = (vectors.embedder.clone(), vectors.dim);
+            parts.retrieval = vectors.retrieval.clone();
         }
         let stays = |number: &u32| !choice.shards.contains(number);
         let mut entries = manifest.shards.clone();
@@ -244,23 +114,20 @@ impl BankEditor {
         let reopened =
             entries.iter().map(|entry| Ok((entry.number, Shard::open(&dir.join("shards").join(&entry.file))?)));
         let reopened = reopened.collect::<Result<BTreeMap<_, _>, BankError>>()?;
-        let sequence = ShardSequence::new(Arc::clone(&io), dir, spec, reopened, entries, manifest.next_shard);
+        let sequence = ShardSequence::new(Arc::clone(io), dir, spec, reopened, entries, manifest.next_shard);
         let mut copy = Copy { sequence, moved: HashMap::new(), dead: Vec::new(), lost: Vec::new() };
         copy.dead.extend(tombstones.rows().iter().filter(|row| stays(&row.shard)));
-        for (number, shard) in &shards {
+        for (number, shard) in shards {
             if !stays(number) {
                 copy.records(shard, &choice, vectors.as_mut())?;
             }
-            copy.rows(shard, &choice, &tombstones)?;
+            copy.rows(shard, &choice, tombstones)?;
         }
         copy.sequence.close()?;
-        let publication = Publication { io: &*io, dir, published: Some(&manifest) };
-        let next = publication.publish(&copy.sequence, Tombstones::new(copy.dead), Parts::of(&manifest), keep)?;
+        let publication = Publication { io: &**io, dir, published: Some(manifest) };
+        let next = publication.publish(&copy.sequence, Tombstones::new(copy.dead), parts, *keep)?;
         Catalog::discard(dir);
-        // A late mark does no harm.
-        if let Err(error) = io.remove(&path) {
-            tracing::warn!("{}: cannot be removed: {error}; the next writer does it", path.display());
-        }
+        Mark::remove(&**io, dir);
         Ok((next, copy.lost))
     }
 }
@@ -307,14 +174,17 @@ impl Copy {
     ) -> Result<(), BankError> {
         let id = |slot: u32| RecordId { shard: shard.number(), slot };
         let slots: Vec<u32> = (0..shard.records()).filter(|&slot| (choice.goes_along)(id(slot))).collect();
+        let mut reader = TextReader::new(shard);
         for batch in slots.chunks(BATCH) {
-            let texts = batch.iter().map(|&slot| shard.text(slot)).collect::<Result<Vec<_>, _>>()?;
+            let texts = batch.iter().map(|&slot| Ok(reader.text(slot)?.to_owned()));
+            let texts = texts.collect::<Result<Vec<String>, BankError>>()?;
             let made = match vectors.as_deref_mut() {
                 None => None,
                 Some(NewVectors { dim, embed, .. }) => {
                     let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
-                    let made =
-                        embed(&texts).map_err(|source| BankError::Embed { path: shard.path().to_owned(), source })?;
+                    let path = shard.path();
+                    let made = embed(&texts).map_err(|source| BankError::Embed { path: path.to_owned(), source })?;
+                    let made = made.ok_or_else(|| BankError::Stopped { path: path.to_owned() })?;
                     if made.len() != *dim * batch.len() {
                         return Err(BankError::bad_input("numbers of vectors", *dim * batch.len(), made.len()));
                     }

@@ -29,6 +29,7 @@ use crate::bank::manifest::{BankShape, Manifest};
 use crate::bank::sequence::ShardSequence;
 use crate::bank::shard::Shard;
 use crate::bank::shard_header::ShardHeader;
+use crate::bank::text_reader::TextReader;
 use crate::bank::tombstones::Tombstones;
 use crate::fingerprint::Fingerprint;
 use crate::memory::{ContentHash, RecordId};
@@ -229,6 +230,14 @@ impl BankWriter {
         })
     }
 
+    /// Takes a claim back: this pass has not seen the document after all.
+    ///
+    /// # Errors
+    /// [`BankError::Catalog`].
+    pub fn disclaim_document(&self, id: &str) -> Result<(), BankError> {
+        self.catalog.forget(id)
+    }
+
     /// Has the bank a live document with this id? Unlike a claim, this leaves no trace.
     ///
     /// # Errors
@@ -337,7 +346,7 @@ impl BankWriter {
     }
 
     /// The live row of a document and the hash of its text.
-    fn document_row(&self, id: &str) -> Result<Option<(RowId, ContentHash)>, BankError> {
+    pub(crate) fn document_row(&self, id: &str) -> Result<Option<(RowId, ContentHash)>, BankError> {
         match self.open_documents.get(id) {
             Some(&found) => Ok(Some(found)),
             None => self.closed_row(id),
@@ -356,10 +365,10 @@ impl BankWriter {
     fn replay(&mut self, part: &Shard) -> Result<(), BankError> {
         // Ids stay the same unless this run was given other shard limits.
         let mut ids = Vec::with_capacity(part.records() as usize);
+        let mut texts = TextReader::new(part);
         for slot in 0..part.records() {
             let record = part.record(slot)?;
-            let text = record.text()?;
-            ids.push(self.push_record(&record.as_new(&text))?);
+            ids.push(self.push_record(&record.as_new(texts.text(slot)?))?);
         }
         let renamed = |mut chunk: Chunk| {
             if chunk.record.shard == part.number() {

@@ -13,7 +13,7 @@ use super::options::{self, BankArg, EmbedderArg, ModelArg};
 use super::progress::ProgressDisplay;
 use super::{Global, Outcome, output};
 use crate::bank::{BankError, Manifest};
-use crate::config::{ByteSize, Config};
+use crate::config::{BankConfig, ByteSize, Config};
 use crate::pipeline::{self, Mode, PipelineError, Plan, Progress, RunReport, StageReport, StopFlag, Task};
 use crate::select::Score;
 
@@ -30,14 +30,15 @@ Examples:
   memory3 compile --dry-run                              what would be encoded and what would vanish
 
 A bank that exists is made to match the corpus: new and changed documents are encoded, unchanged ones cost no device
-time, vanished ones die. Rejected documents are listed in the ledger (one JSON line each) and make the exit code 1.
+time, vanished ones die. A run that would lose or change more than
+--max-shrink and --max-change allow is refused. Rejected documents are listed in the ledger (one JSON line each) and
+make the exit code 1.
 A run that was stopped goes on where its last finished shard ends when the same command is given again.")]
 pub struct CompileArgs {
     #[command(flatten)]
     run: RunArgs,
-    /// Let documents vanish, however many, and though inputs could not be read
-    #[arg(long, help_heading = "Corpus")]
-    allow_shrink: bool,
+    #[command(flatten)]
+    guards: GuardArgs,
     /// If the bank's retrieval vectors are another text encoder's, make them anew first; nothing is encoded again
     #[arg(long, help_heading = "Memory", conflicts_with = "dry_run")]
     re_embed: bool,
@@ -55,6 +56,35 @@ Only adds: a document that the bank has with another text is rejected and listed
 pub struct AppendArgs {
     #[command(flatten)]
     run: RunArgs,
+}
+
+/// What a compile may do to the documents of a bank.
+#[derive(Clone, Debug, Default, Args)]
+pub(super) struct GuardArgs {
+    /// Refuse to lose more than this share of the documents
+    #[arg(long, env = "MEMORY3_MAX_SHRINK", help_heading = "Guards", value_name = "SHARE")]
+    max_shrink: Option<f64>,
+    /// Refuse to replace the text of more than this share of the documents
+    #[arg(long, env = "MEMORY3_MAX_CHANGE", help_heading = "Guards", value_name = "SHARE")]
+    max_change: Option<f64>,
+    /// Let documents vanish, however many
+    #[arg(long, env = "MEMORY3_ALLOW_SHRINK", help_heading = "Guards")]
+    allow_shrink: bool,
+    /// Let documents get another text, however many
+    #[arg(long, env = "MEMORY3_ALLOW_CHANGE", help_heading = "Guards")]
+    allow_change: bool,
+    /// Let documents vanish though an input that may hold them could not be read
+    #[arg(long, env = "MEMORY3_ALLOW_UNREADABLE", help_heading = "Guards")]
+    allow_unreadable: bool,
+}
+
+impl GuardArgs {
+    /// Lays the flags over the settings.
+    fn lay_over(&self, bank: &mut BankConfig) {
+        set(&mut bank.max_shrink, &if self.allow_shrink { Some(1.0) } else { self.max_shrink });
+        set(&mut bank.max_change, &if self.allow_change { Some(1.0) } else { self.max_change });
+        bank.allow_unreadable |= self.allow_unreadable;
+    }
 }
 
 /// What both take; each one left out keeps what `pipeline.toml` says.
@@ -131,9 +161,6 @@ pub(super) struct RunArgs {
     /// Chunks that go through the stages together
     #[arg(long, env = "MEMORY3_BATCH_CHUNKS", help_heading = "Run", value_name = "N")]
     batch_chunks: Option<usize>,
-    /// Refuse to lose more than this share of the documents
-    #[arg(long, env = "MEMORY3_MAX_SHRINK", help_heading = "Corpus", value_name = "SHARE")]
-    max_shrink: Option<f64>,
     /// Memories that are read back before publishing, to measure what the quantizer costs; 0: none
     #[arg(long, env = "MEMORY3_QUALITY_SAMPLE", help_heading = "Quality", value_name = "N")]
     quality_sample: Option<usize>,
@@ -159,20 +186,21 @@ pub(super) struct RunArgs {
 
 /// Runs `memory3 compile`.
 pub fn run(global: &Global, args: &CompileArgs) -> anyhow::Result<Outcome> {
-    let mode = Mode::Match { allow_shrink: args.allow_shrink };
-    args.run.run(global, Task { mode, dry_run: args.run.dry_run, re_embed: args.re_embed })
+    let task = Task { mode: Mode::Match, dry_run: args.run.dry_run, re_embed: args.re_embed };
+    args.run.run(global, task, &args.guards)
 }
 
 /// Runs `memory3 append`.
 pub fn append(global: &Global, args: &AppendArgs) -> anyhow::Result<Outcome> {
     anyhow::ensure!(!args.run.inputs.is_empty(), "no input; name the folders, files or globs to add");
-    args.run.run(global, Task { mode: Mode::Append, dry_run: args.run.dry_run, re_embed: false })
+    let task = Task { mode: Mode::Append, dry_run: args.run.dry_run, re_embed: false };
+    args.run.run(global, task, &GuardArgs::default())
 }
 
 impl RunArgs {
-    fn run(&self, global: &Global, task: Task) -> anyhow::Result<Outcome> {
+    fn run(&self, global: &Global, task: Task, guards: &GuardArgs) -> anyhow::Result<Outcome> {
         let args = self;
-        let config = args.config(global)?;
+        let config = args.config(global, guards)?;
         if task.mode == Mode::Append {
             // Before anything makes a folder of a name that is no bank.
             Manifest::read(&config.bank.path)?;
@@ -266,7 +294,7 @@ impl RunArgs {
     }
 
     /// The settings with the flags laid over them.
-    pub(super) fn config(&self, global: &Global) -> anyhow::Result<Config> {
+    pub(super) fn config(&self, global: &Global, guards: &GuardArgs) -> anyhow::Result<Config> {
         let mut config = options::load_config(global)?;
         config.bank.path = self.bank.resolve(&config);
         config.model.path = self.model.resolve(&config);
@@ -301,7 +329,7 @@ impl RunArgs {
         set(&mut config.run.threads, &self.threads);
         set(&mut config.run.batch_chunks, &self.batch_chunks);
         set(&mut config.bank.records_per_shard, &self.records_per_shard);
-        set(&mut config.bank.max_shrink, &self.max_shrink);
+        guards.lay_over(&mut config.bank);
         set(&mut config.bank.keep_generations, &self.keep_generations);
         set(&mut config.quality.sample, &self.quality_sample);
         config.quality.max_attention_error = self.max_attention_error.or(config.quality.max_attention_error);
@@ -396,13 +424,16 @@ fn summary(report: &RunReport, config: &Config, ledger: &std::path::Path) -> Str
         text +=
             &format!("  {:<9} {:>9} of a core{}\n", stage.name, output::duration(stage.busy_seconds), rate_of(stage));
     }
+    if let Some(generation) = report.re_embedded {
+        text += &format!("vectors     made anew, published as generation {generation}\n");
+    }
     if report.stopped {
         text += &match report.records_kept {
             Some(records) => format!(
-                "stopped     {} records are safe; nothing was published. Give the same command again to go on.\n",
+                "stopped     {} records are safe; no document was published. Give the same command again to go on.\n",
                 n(records)
             ),
-            None => "stopped     before the first record of this run; nothing was published or lost. \
+            None => "stopped     before the first record of this run; no document was published or lost. \
                      Give the same command again.\n"
                 .to_owned(),
         };

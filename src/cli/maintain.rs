@@ -100,12 +100,16 @@ Examples:
   memory3 compact --dry-run
   memory3 compact --live-below 0.8 --keep-generations 1
 
-Copies the live records of shards that are mostly dead into new shards; nothing is encoded. The old shards stay on disk
-as long as a kept generation needs them.")]
+Copies the live records of shards that are mostly dead into new shards, and joins those that are less than half full, of
+which many small appends leave many; nothing is encoded. The old shards stay on disk as long as a kept generation needs
+them.")]
 pub struct CompactArgs {
     /// Rewrite shards of whose records less than this share is live
     #[arg(long, default_value_t = 0.5, value_name = "SHARE")]
     live_below: f64,
+    /// Records of one shard; shards with less than half of these are joined
+    #[arg(long, env = "MEMORY3_RECORDS_PER_SHARD", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    records_per_shard: Option<u32>,
     /// Say what would be rewritten, and stop
     #[arg(long)]
     dry_run: bool,
@@ -123,9 +127,10 @@ pub fn compact(global: &Global, args: &CompactArgs) -> anyhow::Result<Outcome> {
     let config = options::load_config(global)?;
     let editor = BankEditor::open(&args.bank.resolve(&config), args.keep.resolve(&config))?;
     let leftovers = args.leftovers.resolve();
+    let records_per_shard = args.records_per_shard.unwrap_or(config.bank.records_per_shard);
     let done = match args.dry_run {
-        true => editor.plan_compaction(args.live_below)?,
-        false => editor.compact(args.live_below, config.bank.records_per_shard, leftovers)?.0,
+        true => editor.plan_compaction(args.live_below, records_per_shard)?,
+        false => editor.compact(args.live_below, records_per_shard, leftovers)?.0,
     };
     if global.json {
         output::print_json(&done)?
@@ -140,11 +145,12 @@ fn compaction_text(done: &Compaction, dry_run: bool) -> String {
     let mut text = String::new();
     for life in &done.shards {
         text += &format!(
-            "shard {}: {} of {} records live, {}\n",
+            "shard {}: {} of {} records live, {}{}\n",
             life.shard,
             n(life.live),
             n(life.records),
-            ByteSize(life.bytes)
+            ByteSize(life.bytes),
+            if life.small { ", small" } else { "" }
         );
     }
     let (before, after) = (ByteSize(done.bytes_before), ByteSize(done.bytes_after));

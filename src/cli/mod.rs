@@ -95,7 +95,7 @@ enum Verb {
     Append(Box<compile::AppendArgs>),
     /// Remove documents from a bank
     Remove(maintain::RemoveArgs),
-    /// Rewrite shards that are mostly dead
+    /// Rewrite shards that are mostly dead, and join small ones
     Compact(maintain::CompactArgs),
     /// List the generations that a bank can go back to
     Generations(maintain::GenerationsArgs),

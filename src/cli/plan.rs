@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::compile::RunArgs;
+use super::compile::{GuardArgs, RunArgs};
 use super::{Global, Outcome, output};
 use crate::config::{ByteSize, Config};
 use crate::pipeline::{self, Estimate, Mode, Progress, StopFlag};
@@ -25,16 +25,15 @@ pub struct PlanArgs {
     /// Plan `memory3 append`: nothing vanishes
     #[arg(long)]
     append: bool,
-    /// Let documents vanish, however many, and though inputs could not be read
-    #[arg(long, help_heading = "Corpus", conflicts_with = "append")]
-    allow_shrink: bool,
+    #[command(flatten)]
+    guards: GuardArgs,
 }
 
 /// Runs `memory3 plan`.
 pub fn run(global: &Global, args: &PlanArgs) -> anyhow::Result<Outcome> {
-    let config = args.run.config(global)?;
+    let config = args.run.config(global, &args.guards)?;
     args.run.start_threads(&config)?;
-    let mode = if args.append { Mode::Append } else { Mode::Match { allow_shrink: args.allow_shrink } };
+    let mode = if args.append { Mode::Append } else { Mode::Match };
     let estimate = pipeline::estimate(&config, mode, &Progress::default(), &StopFlag::default())?;
     if global.json {
         output::print_json(&estimate)?

@@ -54,6 +54,7 @@ impl ProgressDisplay {
 fn position(progress: &Progress) -> (u64, Option<u64>, &'static str) {
     let load = |value: &std::sync::atomic::AtomicU64| value.load(Ordering::Relaxed);
     match progress.phase() {
+        Phase::ReEmbed => (progress.re_embed.items(), Some(load(&progress.chunks_total)), "chunks"),
         Phase::Survey => {
             let kib = |value| load(value) >> 10;
             (kib(&progress.survey_bytes), Some(kib(&progress.survey_bytes_total)).filter(|&all| all > 0), "KiB")

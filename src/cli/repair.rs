@@ -73,6 +73,9 @@ fn text(repair: &Repair) -> String {
     } else if !repair.damage.is_empty() {
         text += "restore the files from a copy, or run `memory3 repair --drop-damaged` and then `memory3 compile`\n";
     }
-    let _ = writeln!(text, "generation {} is published", repair.generation);
+    let _ = match repair.generation {
+        0 => writeln!(text, "nothing is published: the next `memory3 compile` begins anew"),
+        generation => writeln!(text, "generation {generation} is published"),
+    };
     text
 }

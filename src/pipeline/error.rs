@@ -67,9 +67,9 @@ pub enum PipelineError {
         /// Each field that differs.
         differences: Vec<FieldDifference>,
     },
-    /// More documents would vanish than the settings allow.
-    #[error("{reason}; nothing was changed")]
-    Shrink {
+    /// More documents would vanish or change than the settings allow.
+    #[error("{reason}; no document was changed")]
+    Refused {
         /// How many, some of them, and what to do.
         reason: String,
     },
@@ -87,6 +87,15 @@ pub enum PipelineError {
     /// The model cannot be run whole, as reading memories takes.
     #[error("{0}; to publish without reading memories back, set quality.sample to 0")]
     Read(#[from] ReadError),
+    /// The retrieval vectors were made anew, and what came after has failed.
+    #[error("the retrieval vectors were made anew and published as generation {generation}; then: {source}")]
+    ReEmbedded {
+        /// The generation that has them.
+        generation: u64,
+        /// What has failed.
+        #[source]
+        source: Box<PipelineError>,
+    },
     /// Only `compile` may replace documents, and an interrupted one has begun to.
     #[error(
         "{}: an interrupted compile has left documents that replace others, and append only adds; \

@@ -5,6 +5,7 @@
 //! so they are exact; times are measured here and extrapolated; what is neither is said in `assumed`. The bank is
 //! looked at as by a dry run, and a bank that does not exist is not begun.
 
+use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::time::Instant;
 
@@ -13,10 +14,11 @@ use serde::Serialize;
 mod calibrate;
 
 use super::codec_training::ChosenCodec;
+use super::lookup::Lookup;
 use super::plan::{Mode, Plan};
 use super::progress::{Progress, StopFlag};
 use super::settled::settled_codec;
-use super::survey::{Chunked, Looked, Survey, Surveyor, claim, for_each_chunked};
+use super::survey::{Chunked, Survey, Surveyor, for_each_chunked};
 use super::{Opened, PipelineError, begin, open, report, stages};
 use crate::bank::layout::RecordLayout;
 use crate::bank::{
@@ -184,7 +186,7 @@ pub fn estimate(config: &Config, mode: Mode, progress: &Progress, stop: &StopFla
     };
     let survey = surveyor.survey(writer.as_mut())?;
     let survey_time = Trial::since(cpu, wall);
-    let plan = Plan::new(&survey, writer.as_ref(), mode, config.bank.max_shrink, config.corpus.max_chunks)?;
+    let plan = Plan::new(&survey, writer.as_ref(), mode, &config.bank, config.corpus.max_chunks)?;
     let shape = opened.encoder.shape();
     let (codec, sample) = outlook(&opened, bank_codec.as_ref(), &survey, &shape)?;
 
@@ -291,31 +293,19 @@ fn size(
     config: &Config,
     opened: &Opened,
     mode: Mode,
-    mut writer: Option<&mut BankWriter>,
+    writer: Option<&mut BankWriter>,
     limits: SizeLimits,
     mut see: impl FnMut(ContentHash, &str),
 ) -> Result<ShardSizes, PipelineError> {
     let unable = |source| PipelineError::Io { path: config.bank.path.clone(), source };
     let mut sizer = BankSizer::new(limits);
-    let (mut ids, mut contents) = (HashSet::new(), HashSet::new());
-    if let Some(writer) = writer.as_deref_mut() {
-        writer.begin_pass()?;
-    }
-    let writer = std::cell::RefCell::new(writer);
-    let look = |document: &Document, text_hash| match writer.borrow_mut().as_deref_mut() {
-        Some(writer) => claim(writer, mode, &document.id, text_hash),
-        None if ids.insert(ContentHash::of_text(&document.id)) => Ok(Looked::Write { changed: false }),
-        None => Ok(Looked::Rejected(crate::corpus::RejectReason::DuplicateId { first: None })),
-    };
+    let lookup = RefCell::new(Lookup::begin(writer, mode)?);
+    let look = |document: &Document, text_hash| lookup.borrow_mut().look(document, text_hash);
     for_each_chunked(&opened.corpus, &opened.chunker, config.corpus.max_chunks, None, look, |entry| {
         let Chunked::Document { document, chunks, .. } = entry else { return Ok(true) };
         for chunk in &chunks {
             let content = ContentHash::of_tokens(&chunk.tokens);
-            let known = match writer.borrow().as_deref() {
-                Some(writer) => writer.find(content)?.is_some(),
-                None => false,
-            };
-            if !known && contents.insert(content) {
+            if lookup.borrow_mut().is_new(content)? {
                 let text = &document.text[chunk.span.clone()];
                 see(content, text);
                 sizer.record(chunk.tokens.len(), text).map_err(unable)?;
@@ -337,7 +327,10 @@ fn bank_sizes(
 ) -> Result<BankSizes, PipelineError> {
     let kept = published.map_or(0, |manifest| manifest.shards.iter().map(|shard| shard.bytes).sum());
     let records = new.records + published.map_or(0, |manifest| manifest.counts.records);
-    let retrieval = IndexSize::of(retrieval, records, opened.embedder.dim());
+    let mut retrieval = IndexSize::of(retrieval, records, opened.embedder.dim());
+    if published.is_some_and(|manifest| manifest.retrieval.grown(&retrieval.factory, new.records).is_some()) {
+        retrieval.training = 0; // its lists stay as they are
+    }
     let shape = opened.encoder.shape();
     let codec_bytes = match (published, codec.spec.parse()) {
         (Some(manifest), _) => manifest.codec.files.values().map(|file| file.bytes).sum(),

@@ -1,8 +1,9 @@
 //! What a run is going to do, known before any work is done: documents by what becomes of them, and chunks to encode.
 //!
 //! In: the survey's counts and what the bank has beside them. Out: a [`Plan`], which the report carries and people read.
-//! What always holds: nothing dies because an input could not be read, and a bank does not shrink by more than the
-//! settings allow unless the caller says so.
+//! What always holds: nothing dies because an input could not be read, and a bank neither shrinks nor changes by more
+//! than the settings allow. A document that the run has not seen stays as it was published, whatever an interrupted run
+//! has made of it.
 
 use std::fmt;
 
@@ -10,7 +11,8 @@ use serde::Serialize;
 
 use super::PipelineError;
 use super::survey::Survey;
-use crate::bank::{BankWriter, RowId, Vanished};
+use crate::bank::{BankWriter, RowId, Unclaimed};
+use crate::config::BankConfig;
 
 /// Ids that a message quotes.
 const EXAMPLES: usize = 5;
@@ -18,11 +20,8 @@ const EXAMPLES: usize = 5;
 /// What the bank is to become.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// What the corpus says: documents that it no longer has die, unless they are more than `max_shrink` of the bank.
-    Match {
-        /// Documents may vanish, however many, and though inputs could not be read.
-        allow_shrink: bool,
-    },
+    /// What the corpus says: documents that it no longer has die.
+    Match,
     /// More: nothing that is there changes.
     Append,
 }
@@ -56,8 +55,37 @@ pub struct Plan {
     pub notes: Vec<String>,
     /// Why the run does not go on, if it does not.
     pub refused: Option<String>,
+    /// Rows that die, beside those that later ones replace.
     #[serde(skip)]
     pub(super) dead: Vec<RowId>,
+    /// Published rows of documents that are kept though an interrupted run has replaced them.
+    #[serde(skip)]
+    pub(super) restored: Vec<RowId>,
+}
+
+/// Documents that share a fate: how many, and some of their ids.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Examples {
+    count: u64,
+    ids: Vec<String>,
+}
+
+impl Examples {
+    pub(super) fn add(&mut self, id: &str) {
+        self.count += 1;
+        if self.ids.len() < EXAMPLES {
+            self.ids.push(id.to_owned());
+        }
+    }
+}
+
+/// The ids, for people.
+impl fmt::Display for Examples {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let quoted: Vec<String> = self.ids.iter().map(|id| format!("{id:?}")).collect();
+        f.write_str(&quoted.join(", "))?;
+        if self.count > self.ids.len() as u64 { f.write_str(", ...") } else { Ok(()) }
+    }
 }
 
 impl Plan {
@@ -66,7 +94,7 @@ impl Plan {
         survey: &Survey,
         writer: Option<&BankWriter>,
         mode: Mode,
-        max_shrink: f64,
+        limits: &BankConfig,
         max_chunks: Option<u64>,
     ) -> Result<Self, PipelineError> {
         let published = writer.and_then(BankWriter::published);
@@ -83,68 +111,79 @@ impl Plan {
             ..Self::default()
         };
         let Some(writer) = writer else { return Ok(plan) };
-        let unclaimed = writer.unclaimed()?;
-        let Mode::Match { allow_shrink } = mode else {
-            // Documents that another, interrupted run has left were never published, and nobody asked for them here.
-            plan.dead = unclaimed.into_iter().filter(|one| !one.published).map(|one| one.row).collect();
-            return Ok(plan);
-        };
-        // What an interrupted run has left of documents that are not in the corpus was never published, and goes.
-        let (unclaimed, left): (Vec<Vanished>, Vec<Vanished>) =
-            unclaimed.into_iter().partition(|document| document.published);
-        plan.dead = left.into_iter().map(|document| document.row).collect();
-        let (rejected, missing): (Vec<Vanished>, Vec<Vanished>) =
-            unclaimed.into_iter().partition(|document| survey.rejected_ids.contains(&document.id));
-        if !rejected.is_empty() {
-            plan.kept += rejected.len() as u64;
-            let ids = quote(&rejected);
-            plan.notes.push(format!(
-                "{} documents stay as they are: their new text was rejected, see the ledger ({ids})",
-                rejected.len()
-            ));
-        }
-        if missing.is_empty() {
-            return Ok(plan);
-        }
-        let (count, ids) = (missing.len() as u64, quote(&missing));
         let cut = max_chunks.is_some_and(|max| survey.chunks >= max);
-        if cut {
-            plan.kept += count;
-            plan.notes.push(format!("{count} documents were not looked at and stay: the corpus is cut by max_chunks"));
-            return Ok(plan);
-        }
-        if survey.blind > 0 && !allow_shrink {
-            plan.kept += count;
+        let blind = survey.blind > 0 && !limits.allow_unreadable;
+        let (mut rejected, mut missing) = (Examples::default(), Examples::default());
+        writer.for_each_unclaimed(|one| {
+            match one.published {
+                // Only an interrupted run has it, and nobody asks for it now.
+                None => plan.dead.push(one.row),
+                Some(_) if mode == Mode::Append => {}
+                Some(_) if survey.rejected_ids.contains(one.id) => {
+                    rejected.add(one.id);
+                    plan.keep(&one);
+                }
+                Some(_) => {
+                    missing.add(one.id);
+                    if cut || blind { plan.keep(&one) } else { plan.dead.push(one.row) }
+                }
+            }
+            Ok(())
+        })?;
+        if rejected.count > 0 {
+            let count = rejected.count;
             plan.notes.push(format!(
-                "{count} documents were not found ({ids}) but stay, because {} inputs or entries could not be read and \
-                 may hold them; see the ledger, or remove them with --allow-shrink",
+                "{count} documents stay as they are: their new text was rejected, see the ledger ({rejected})"
+            ));
+        }
+        match missing.count {
+            0 => {}
+            count if cut => plan
+                .notes
+                .push(format!("{count} documents were not looked at and stay: the corpus is cut by max_chunks")),
+            count if blind => plan.notes.push(format!(
+                "{count} documents were not found ({missing}) but stay, because {} inputs or entries could not be read and \
+                 may hold them; see the ledger, or let them vanish with --allow-unreadable",
                 survey.blind
-            ));
-            return Ok(plan);
+            )),
+            count => plan.vanished = count,
         }
-        plan.vanished = count;
-        // Shares of counts below 2^53.
-        #[allow(clippy::cast_precision_loss)]
-        let share = count as f64 / plan.documents.max(1) as f64;
-        if share > max_shrink && !allow_shrink {
-            plan.refused = Some(format!(
-                "{count} of {} documents are not in the corpus any more ({ids}), more than bank.max_shrink = \
-                 {max_shrink} allows; check the inputs, or pass --allow-shrink",
-                plan.documents
-            ));
+        if mode == Mode::Match {
+            let mut replaced = survey.replaced.clone();
+            writer.for_each_adopted_change(|id| replaced.add(id))?;
+            plan.refused = plan.refusal(&missing, &replaced, limits);
         }
-        plan.dead.extend(missing.into_iter().map(|document| document.row));
         Ok(plan)
     }
-}
 
-/// Some ids, for people.
-pub(super) fn quote(documents: &[Vanished]) -> String {
-    let mut text = documents.iter().take(EXAMPLES).map(|one| format!("{:?}", one.id)).collect::<Vec<_>>().join(", ");
-    if documents.len() > EXAMPLES {
-        text += ", ...";
+    /// A published document that the run has not seen stays as it was published.
+    fn keep(&mut self, one: &Unclaimed<'_>) {
+        self.kept += 1;
+        self.restored.extend(one.published.filter(|&row| row != one.row));
     }
-    text
+
+    /// Why so much must not vanish or change unasked.
+    fn refusal(&self, missing: &Examples, replaced: &Examples, limits: &BankConfig) -> Option<String> {
+        // Shares of counts below 2^53.
+        #[allow(clippy::cast_precision_loss)]
+        let above = |count: u64, limit: f64| count as f64 / self.documents.max(1) as f64 > limit;
+        let mut reasons = Vec::new();
+        if above(self.vanished, limits.max_shrink) {
+            reasons.push(format!(
+                "{} of {} documents are not in the corpus any more ({missing}), more than bank.max_shrink = {} allows; \
+                 check the inputs, or pass --allow-shrink",
+                self.vanished, self.documents, limits.max_shrink
+            ));
+        }
+        if above(replaced.count, limits.max_change) {
+            reasons.push(format!(
+                "{} of {} documents get another text ({replaced}), more than bank.max_change = {} allows; \
+                 check --text-field and the inputs, or pass --allow-change",
+                replaced.count, self.documents, limits.max_change
+            ));
+        }
+        (!reasons.is_empty()).then(|| reasons.join("; and "))
+    }
 }
 
 impl fmt::Display for Plan {

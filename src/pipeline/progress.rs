@@ -13,6 +13,8 @@ use super::plan::Plan;
 pub enum Phase {
     /// Models and bank are opened.
     Open,
+    /// Retrieval vectors are made anew.
+    ReEmbed,
     /// The corpus is read once, to count it and to sample chunks.
     Survey,
     /// Sampled chunks go through the model, for training vectors.
@@ -28,13 +30,14 @@ pub enum Phase {
 }
 
 impl Phase {
-    const ALL: [Self; 7] =
-        [Self::Open, Self::Survey, Self::Sample, Self::Train, Self::Compile, Self::Publish, Self::Done];
+    const ALL: [Self; 8] =
+        [Self::Open, Self::ReEmbed, Self::Survey, Self::Sample, Self::Train, Self::Compile, Self::Publish, Self::Done];
 
     /// A word for people.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Open => "open",
+            Self::ReEmbed => "re-embed",
             Self::Survey => "survey",
             Self::Sample => "sample",
             Self::Train => "train",
@@ -96,7 +99,7 @@ pub struct Progress {
     pub survey_bytes: AtomicU64,
     /// Bytes of the corpus.
     pub survey_bytes_total: AtomicU64,
-    /// Chunks that the survey counted.
+    /// Chunks that the survey counted; records whose vectors are made anew, before it.
     pub chunks_total: AtomicU64,
     /// Documents read in the current phase.
     pub documents: AtomicU64,
@@ -110,6 +113,8 @@ pub struct Progress {
     pub train_steps: AtomicU64,
     /// Steps of training in all.
     pub train_steps_total: AtomicU64,
+    /// Making retrieval vectors anew.
+    pub re_embed: StageMeter,
     /// Reading and chunking, in the survey.
     pub survey: StageMeter,
     /// Encoding sampled chunks.
@@ -146,6 +151,7 @@ impl Default for Progress {
             sample_total: AtomicU64::new(0),
             train_steps: AtomicU64::new(0),
             train_steps_total: AtomicU64::new(0),
+            re_embed: StageMeter::new("re-embed"),
             survey: StageMeter::new("survey"),
             sample: StageMeter::new("sample"),
             train: StageMeter::new("train"),
@@ -180,8 +186,9 @@ impl Progress {
     }
 
     /// All meters, in the order of the data.
-    pub fn meters(&self) -> [&StageMeter; 10] {
+    pub fn meters(&self) -> [&StageMeter; 11] {
         [
+            &self.re_embed,
             &self.survey,
             &self.sample,
             &self.train,

@@ -44,6 +44,8 @@ pub struct RunReport {
     pub cpu_seconds: f64,
     /// The process's largest resident size.
     pub peak_memory_bytes: u64,
+    /// The generation that was published with new retrieval vectors, before the rest.
+    pub re_embedded: Option<u64>,
     /// The run was stopped before its end; nothing was published.
     pub stopped: bool,
     /// Of a run that stopped while it wrote: records in shards that the next run goes on with.

@@ -6,12 +6,14 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::codec_training::ChosenCodec;
-use super::progress::Progress;
+use super::progress::{Phase, Progress, StopFlag};
 use super::{Opened, PipelineError, stages};
 use crate::bank::{
     self, BankEditor, BankError, BankLock, BankShape, BankSpec, DiskIo, Draft, Leftovers, Manifest, NewVectors,
+    RetrievalSpec,
 };
 use crate::codec::CodecSet;
 use crate::config::Config;
@@ -119,17 +121,19 @@ fn usable_draft(config: &Config, dir: &Path) -> Result<Option<Draft>, PipelineEr
     Ok(Some(draft).filter(|_| shards || !stale))
 }
 
-/// Rewrites the shards of the bank with vectors of the opened text encoder, unless it made those that are there.
+/// Rewrites the shards of the bank with vectors of the opened text encoder, unless it made those that are there. Gives the
+/// lock back, and the generation that was published.
 pub(super) fn re_embed(
     config: &Config,
     opened: &Opened,
     lock: BankLock,
     progress: &Progress,
-) -> Result<BankLock, PipelineError> {
+    stop: &StopFlag,
+) -> Result<(BankLock, Option<u64>), PipelineError> {
     let dir = &config.bank.path;
     let manifest = match Manifest::read(dir) {
         Ok(manifest) => manifest,
-        Err(BankError::NotABank { .. }) => return Ok(lock),
+        Err(BankError::NotABank { .. }) => return Ok((lock, None)),
         Err(error) => return Err(error.into()),
     };
     let (embedder, dim) = (opened.embedder.fingerprint(), opened.embedder.dim());
@@ -138,17 +142,23 @@ pub(super) fn re_embed(
         return Err(BankError::Fingerprint { path: Manifest::path(dir), differences }.into());
     }
     if manifest.embedder == *embedder {
-        return Ok(lock);
+        return Ok((lock, None));
     }
     tracing::info!("making the retrieval vectors of {} records anew", manifest.counts.records);
+    progress.chunks_total.store(manifest.counts.records, Ordering::Relaxed);
+    progress.enter(Phase::ReEmbed);
     let mut embed = |texts: &[&str]| {
-        let made = stages::on_all(&progress.embed, texts, opened.embedder.texts_per_call(), |_, texts| {
+        if stop.is_set() {
+            return Ok(None);
+        }
+        let made = stages::on_all(&progress.re_embed, texts, opened.embedder.texts_per_call(), |_, texts| {
             Ok(opened.embedder.embed(texts)?)
         });
-        made.map_err(|error| error.to_string().into())
+        made.map(Some).map_err(|error| error.to_string().into())
     };
     let editor = BankEditor::open_locked(lock, Arc::new(DiskIo), config.bank.keep_generations)?;
-    let vectors = NewVectors { embedder: embedder.clone(), dim, embed: &mut embed };
-    editor.re_embed(vectors, config.bank.records_per_shard, Leftovers::Refuse)?;
-    Ok(BankLock::acquire(dir)?)
+    let retrieval = RetrievalSpec::of_setting(&config.retrieval.index);
+    let vectors = NewVectors { embedder: embedder.clone(), dim, embed: &mut embed, retrieval };
+    let (manifest, lock) = editor.re_embed(vectors, config.bank.records_per_shard, Leftovers::Refuse)?;
+    Ok((lock, Some(manifest.generation)))
 }

@@ -14,10 +14,11 @@ use std::time::Instant;
 use crossbeam::channel::{Receiver, Sender, bounded};
 use rayon::prelude::*;
 
+use super::lookup::{claim, forget_claim};
 use super::plan::Mode;
 use super::progress::{Progress, StageMeter, StopFlag};
 use super::report::{ChunkCounts, DocumentCounts};
-use super::survey::{Chunked, claim, for_each_chunked};
+use super::survey::{Chunked, for_each_chunked};
 use super::{Origin, PipelineError};
 use crate::bank::{self, BankWriter, NewDocument, NewRecord};
 use crate::codec::{CodecSet, GpuCodecSet};
@@ -174,12 +175,13 @@ impl Stages<'_> {
             totals.documents.read += 1;
             match entry {
                 Chunked::Rejected(rejection) => {
+                    forget_claim(&lock(writer), &rejection)?;
                     totals.documents.rejected += 1;
                     ledger.reject(&rejection)?;
                 }
                 Chunked::Present { chunks, tokens } => self.count_present(&mut totals, chunks, tokens),
-                Chunked::Document { document, text_hash, changed, chunks } => {
-                    totals.documents.changed += u64::from(changed);
+                Chunked::Document { document, text_hash, replaces, chunks } => {
+                    totals.documents.changed += u64::from(replaces.is_some());
                     let mut send = |batch: &mut Batch| {
                         // Only the work counts, not the wait for a free place in the channel.
                         self.progress.read.add(batch.chunks.len(), started.elapsed());

@@ -3,17 +3,19 @@
 //! In: a corpus, a chunker, and the bank if there is one. Out: counts, and the token ids of the chunks that come first in
 //! the sampler's queue. Choosing by hash makes the sample uniform over distinct chunks and independent of their order.
 //! Documents that the bank has with the same text are not chunked: looking them up is enough. Memory is bounded by the
-//! sample, and by 16 bytes for each new document and each chunk to encode. Nothing is written: the main pass does that.
+//! sample, and by 8 bytes for each chunk to encode, and for each document where there is no bank. Nothing is written: the main pass does that.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
 
 use super::PipelineError;
-use super::plan::Mode;
+use super::lookup::{Looked, Lookup};
+use super::plan::{Examples, Mode};
 use super::progress::{Progress, StopFlag};
-use crate::bank::{BankWriter, Claim};
+use crate::bank::{BankWriter, RowId};
 use crate::codec::sample::Sampler;
 use crate::corpus::{Chunk, Chunker, Corpus, Document, Entry, Ledger, RejectReason, Rejection};
 use crate::memory::ContentHash;
@@ -41,6 +43,8 @@ pub struct Survey {
     pub rejected: u64,
     /// Those of them whose ids are unknown: they may hide documents of the bank.
     pub blind: u64,
+    /// Published documents whose text the corpus changes.
+    pub(super) replaced: Examples,
     /// Ids of documents that the bank has and that cannot be used now.
     pub rejected_ids: HashSet<String>,
     /// Chunks of all documents, equal ones counted each time.
@@ -55,20 +59,6 @@ pub struct Survey {
     pub sample: Sampled,
 }
 
-/// What the bank says of a document before it is chunked.
-#[derive(Debug)]
-pub enum Looked {
-    /// It is to be chunked and written.
-    Write {
-        /// The bank has it with another text.
-        changed: bool,
-    },
-    /// The bank has it, with so many chunks and tokens; unknown while it lies in an open shard.
-    Present(Option<(u64, u64)>),
-    /// It cannot be used in this run.
-    Rejected(RejectReason),
-}
-
 /// One entry of the corpus after chunking.
 #[derive(Debug)]
 pub enum Chunked {
@@ -78,8 +68,8 @@ pub enum Chunked {
         document: Document,
         /// Hash of its text.
         text_hash: ContentHash,
-        /// The bank has it with another text.
-        changed: bool,
+        /// Its row in the bank, with another text.
+        replaces: Option<RowId>,
         /// Its chunks.
         chunks: Vec<Chunk>,
     },
@@ -92,20 +82,6 @@ pub enum Chunked {
     },
     /// An entry that is no usable document.
     Rejected(Rejection),
-}
-
-/// Claims a document for this pass.
-///
-/// # Errors
-/// [`PipelineError::Bank`].
-pub fn claim(writer: &mut BankWriter, mode: Mode, id: &str, text_hash: ContentHash) -> Result<Looked, PipelineError> {
-    Ok(match (writer.claim_document(id, text_hash)?, mode) {
-        (Claim::New, _) => Looked::Write { changed: false },
-        (Claim::Changed(_), Mode::Match { .. }) => Looked::Write { changed: true },
-        (Claim::Changed(_), Mode::Append) => Looked::Rejected(RejectReason::OtherText),
-        (Claim::Repeated, _) => Looked::Rejected(RejectReason::DuplicateId { first: None }),
-        (Claim::Present(row), _) => Looked::Present(writer.row_size(row)?),
-    })
 }
 
 /// Reads the corpus in order, asks `look` about each document, chunks those that are to be written, and gives every entry
@@ -137,7 +113,7 @@ pub fn for_each_chunked(
                 Entry::Document(document) => {
                     let text_hash = ContentHash::of_text(&document.text);
                     match look(&document, text_hash)? {
-                        Looked::Write { changed } => Ok((document, text_hash, Some(changed))),
+                        Looked::Write { replaces } => Ok((document, text_hash, Some(replaces))),
                         Looked::Present(None) => Ok((document, text_hash, None)),
                         Looked::Present(Some((chunks, tokens))) => Err(Chunked::Present { chunks, tokens }),
                         Looked::Rejected(reason) => {
@@ -182,10 +158,10 @@ fn next_group(entries: &mut impl Iterator<Item = Entry>) -> Vec<Entry> {
     group
 }
 
-/// `write`: whether a document to write has changed; `None` for one that is only counted.
-fn chunk(chunker: &Chunker, document: Document, text_hash: ContentHash, write: Option<bool>) -> Chunked {
+/// `write`: the row that a document to write replaces; `None` for one that is only counted.
+fn chunk(chunker: &Chunker, document: Document, text_hash: ContentHash, write: Option<Option<RowId>>) -> Chunked {
     match (chunker.chunk(&document.text), write) {
-        (Ok(chunks), Some(changed)) => Chunked::Document { document, text_hash, changed, chunks },
+        (Ok(chunks), Some(replaces)) => Chunked::Document { document, text_hash, replaces, chunks },
         (Ok(chunks), None) => Chunked::Present {
             chunks: chunks.len() as u64,
             tokens: chunks.iter().map(|chunk| chunk.tokens.len() as u64).sum(),
@@ -198,11 +174,22 @@ fn chunk(chunker: &Chunker, document: Document, text_hash: ContentHash, write: O
     }
 }
 
-/// Lists why a corpus has no usable document.
-pub fn reject_all(corpus: &Corpus, chunker: &Chunker, ledger: &mut Ledger) -> Result<(), PipelineError> {
-    let look = |_: &Document, _| Ok(Looked::Write { changed: false });
-    for_each_chunked(corpus, chunker, None, None, look, |entry| {
+/// Lists what a run that ends before its main pass has rejected.
+///
+/// # Errors
+/// The bank cannot be asked, or the ledger not written.
+pub fn reject_all(
+    corpus: &Corpus,
+    chunker: &Chunker,
+    max_chunks: Option<u64>,
+    lookup: Lookup<'_>,
+    ledger: &mut Ledger,
+) -> Result<(), PipelineError> {
+    let lookup = RefCell::new(lookup);
+    let look = |document: &Document, text_hash| lookup.borrow_mut().look(document, text_hash);
+    for_each_chunked(corpus, chunker, max_chunks, None, look, |entry| {
         if let Chunked::Rejected(rejection) = entry {
+            lookup.borrow().forget(&rejection)?;
             ledger.reject(&rejection)?;
         }
         Ok(true)
@@ -237,21 +224,16 @@ impl Surveyor<'_> {
     pub fn survey(&self, writer: Option<&mut BankWriter>) -> Result<Survey, PipelineError> {
         let progress = self.progress;
         let mut survey = Survey::default();
-        let mut ids = HashSet::new();
-        let mut contents = HashSet::new();
-        // Both closures ask the bank, one after the other.
-        let writer = std::cell::RefCell::new(writer);
-        let look = |document: &Document, text_hash| match writer.borrow_mut().as_deref_mut() {
-            Some(writer) => claim(writer, self.mode, &document.id, text_hash),
-            None if ids.insert(ContentHash::of_text(&document.id)) => Ok(Looked::Write { changed: false }),
-            None => Ok(Looked::Rejected(RejectReason::DuplicateId { first: None })),
-        };
+        // Both closures ask it, one after the other.
+        let lookup = RefCell::new(Lookup::begin(writer, self.mode)?);
+        let look = |document: &Document, text_hash| lookup.borrow_mut().look(document, text_hash);
         progress.survey_bytes_total.store(self.corpus.total_bytes(), Ordering::Relaxed);
         for_each_chunked(self.corpus, self.chunker, self.max_chunks, Some(&progress.survey_bytes), look, |entry| {
             survey.read += 1;
             let count = match entry {
                 Chunked::Rejected(rejection) => {
-                    survey.reject(rejection, writer.borrow().as_deref())?;
+                    lookup.borrow().forget(&rejection)?;
+                    survey.reject(rejection, lookup.borrow().writer())?;
                     return Ok(!self.stop.is_set());
                 }
                 Chunked::Present { chunks, .. } => {
@@ -259,16 +241,15 @@ impl Surveyor<'_> {
                     survey.chunks_kept += chunks;
                     chunks
                 }
-                Chunked::Document { changed, chunks, .. } => {
-                    *(if changed { &mut survey.changed } else { &mut survey.new }) += 1;
+                Chunked::Document { document, replaces, chunks, .. } => {
+                    *(if replaces.is_some() { &mut survey.changed } else { &mut survey.new }) += 1;
+                    if replaces.is_some_and(|row| lookup.borrow().is_published(row)) {
+                        survey.replaced.add(&document.id);
+                    }
                     let count = chunks.len() as u64;
                     for chunk in chunks {
                         let content = ContentHash::of_tokens(&chunk.tokens);
-                        let known = match writer.borrow().as_deref() {
-                            Some(writer) => writer.find(content)?.is_some(),
-                            None => false,
-                        };
-                        let encode = !known && contents.insert(content);
+                        let encode = lookup.borrow_mut().is_new(content)?;
                         *(if encode { &mut survey.chunks_to_encode } else { &mut survey.chunks_shared }) += 1;
                         keep_first(&mut survey.sample, self.sampler, self.sample_size, content, chunk.tokens);
                     }

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use memory3::bank::{
-    Bank, BankEditor, BankError, Leftovers, Manifest, NewVectors, RemoveOptions, VerifyOptions, generations, rollback,
-    verify,
+    Bank, BankEditor, BankError, Leftovers, Manifest, NewVectors, RemoveOptions, RetrievalSpec, VerifyOptions,
+    generations, rollback, verify,
 };
 use memory3::fingerprint::Fingerprint;
 use memory3::memory::RecordId;
@@ -86,13 +86,45 @@ fn rows_that_an_interrupted_run_replaced_are_known_in_finished_and_in_open_shard
         for doc in &docs[12..] {
             writer.claim_document(&doc.id, memory3::memory::ContentHash::of_text(&doc.text())).unwrap();
         }
-        let missing = writer.unclaimed().unwrap();
+        let missing = unclaimed(&writer).unwrap();
         assert_eq!(missing.len(), 12, "{missing:?}");
-        assert!(missing.iter().all(|one| one.published), "{missing:?}");
+        assert!(missing.iter().all(|(_, _, published)| published.is_some()), "{missing:?}");
         drop(writer);
         sync(dir.path(), &next, &spec(records), 1000);
         assert_holds(&Bank::open(dir.path()).unwrap(), &next, &spec(records));
         assert_clean(dir.path());
+    }
+}
+
+#[test]
+fn documents_that_a_run_has_not_seen_stay_as_published_whatever_interrupted_runs_have_left() {
+    // Finished shards, an open one, and one of each after two interrupted runs.
+    let stops = [vec![Stop::DropAfter(9)], vec![Stop::FinishAfter(3)], vec![Stop::DropAfter(9), Stop::FinishAfter(3)]];
+    for stops in stops {
+        let dir = tempfile::tempdir().unwrap();
+        let docs = corpus(57, 20);
+        compile(dir.path(), &docs, &spec(4));
+        let mut next = docs.clone();
+        for (run, stop) in (0_u32..).zip(&stops) {
+            for (number, doc) in (0_u32..).zip(next.iter_mut().take(12)) {
+                doc.chunks = vec![vec![9, run, number]];
+            }
+            assert!(push(begin(dir.path(), &spec(4)), &next, *stop).unwrap().is_none());
+        }
+        let mut writer = begin(dir.path(), &spec(4));
+        for doc in &docs[12..] {
+            writer.claim_document(&doc.id, memory3::memory::ContentHash::of_text(&doc.text())).unwrap();
+        }
+        let unseen = unclaimed(&writer).unwrap();
+        assert_eq!(unseen.len(), 12, "{stops:?}: {unseen:?}");
+        let published: Vec<_> = unseen.iter().map(|(id, _, published)| published.ok_or(id).unwrap()).collect();
+        assert!(unseen.iter().zip(&published).any(|((_, last, _), published)| published < last), "{stops:?}");
+        writer.restore(&published).unwrap();
+        writer.publish(input()).unwrap();
+        assert_holds(&Bank::open(dir.path()).unwrap(), &docs, &spec(4));
+        assert_clean(dir.path());
+        let generation = Manifest::read(dir.path()).unwrap().generation;
+        assert_eq!(sync(dir.path(), &docs, &spec(4), 1000).generation, generation, "nothing has changed");
     }
 }
 
@@ -105,7 +137,7 @@ fn a_document_that_is_back_in_the_second_pass_does_not_die() {
     for doc in &docs[..15] {
         writer.claim_document(&doc.id, memory3::memory::ContentHash::of_text(&doc.text())).unwrap();
     }
-    let missing: Vec<_> = writer.unclaimed().unwrap().into_iter().map(|one| one.row).collect();
+    let missing: Vec<_> = unclaimed(&writer).unwrap().into_iter().map(|(_, row, _)| row).collect();
     assert_eq!(missing.len(), 5);
     writer.begin_pass().unwrap();
     // Meanwhile the file has grown by three.
@@ -148,7 +180,7 @@ fn compact_keeps_what_is_live_and_drops_the_rest() {
     assert!(nothing.0.shards.is_empty() && nothing.1.generation == 1);
     edit(dir.path()).remove(&ids(&docs[10..70]), ANY).unwrap();
     let live: Vec<Doc> = docs[..10].iter().chain(&docs[70..]).cloned().collect();
-    let planned = edit(dir.path()).plan_compaction(0.7).unwrap();
+    let planned = edit(dir.path()).plan_compaction(0.7, 30).unwrap();
     let (done, manifest) = edit(dir.path()).compact(0.7, 30, Leftovers::Refuse).unwrap();
     assert_eq!(planned.shards, done.shards);
     assert!(done.bytes_after < done.bytes_before * 3 / 4, "{done:?}");
@@ -162,6 +194,27 @@ fn compact_keeps_what_is_live_and_drops_the_rest() {
     assert_clean(dir.path());
     let (again, _) = edit(dir.path()).compact(0.7, 30, Leftovers::Refuse).unwrap();
     assert!(again.shards.is_empty(), "{again:?}");
+}
+
+#[test]
+fn compact_joins_small_shards_and_leaves_a_single_one_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let docs = corpus(64, 80);
+    for end in (10..=80).step_by(10) {
+        sync(dir.path(), &docs[..end], &spec(200), 1000);
+    }
+    assert_eq!(Manifest::read(dir.path()).unwrap().shards.len(), 8);
+    let planned = edit(dir.path()).plan_compaction(0.5, 200).unwrap();
+    assert!(planned.shards.len() == 8 && planned.shards.iter().all(|life| life.small), "{planned:?}");
+    assert!(edit(dir.path()).plan_compaction(0.5, 20).unwrap().shards.is_empty(), "half of 20 is in each");
+    let (done, manifest) = edit(dir.path()).compact(0.5, 200, Leftovers::Refuse).unwrap();
+    assert_eq!(done.shards, planned.shards);
+    assert_eq!(manifest.shards.len(), distinct(&docs).div_ceil(200));
+    assert_holds(&Bank::open(dir.path()).unwrap(), &docs, &spec(200));
+    assert_clean_but_catalog(dir.path());
+    assert!(manifest.shards.last().unwrap().records < 100, "the last one is small, and stays as it is");
+    assert!(edit(dir.path()).compact(0.5, 200, Leftovers::Refuse).unwrap().0.shards.is_empty());
+    assert_eq!(sync(dir.path(), &docs, &spec(200), 1000).generation, manifest.generation);
 }
 
 #[test]
@@ -348,11 +401,18 @@ fn other_vectors_need_no_encoding() {
     let docs = corpus(59, 60);
     compile(dir.path(), &docs, &spec(30));
     edit(dir.path()).remove(&ids(&docs[..20]), ANY).unwrap();
-    let mut embed = |texts: &[&str]| Ok(texts.iter().flat_map(|text| [text.len() as f32, 1.0, 2.0]).collect());
+    let mut embed = |texts: &[&str]| Ok(Some(texts.iter().flat_map(|text| [text.len() as f32, 1.0, 2.0]).collect()));
     let embedder = Fingerprint::new().with("embedder", "another");
-    let vectors = NewVectors { embedder: embedder.clone(), dim: 3, embed: &mut embed };
-    let manifest = edit(dir.path()).re_embed(vectors, 30, Leftovers::Refuse).unwrap();
+    let retrieval = RetrievalSpec::Factory("IVF2,Flat".to_owned());
+    let vectors = NewVectors { embedder: embedder.clone(), dim: 3, embed: &mut embed, retrieval };
+    let (manifest, lock) = edit(dir.path()).re_embed(vectors, 30, Leftovers::Refuse).unwrap();
+    assert!(
+        matches!(BankEditor::open(dir.path(), 1000), Err(BankError::Locked { .. })),
+        "no other writer comes between"
+    );
+    drop(lock);
     assert_eq!((manifest.generation, manifest.retrieval.dim), (3, 3));
+    assert_eq!(manifest.retrieval.factory, "IVF2,Flat", "not the one that suited the old vectors");
     assert_eq!((&manifest.embedder, &manifest.fingerprint), (&embedder, &spec(30).fingerprint));
     let bank = Bank::open(dir.path()).unwrap();
     for id in bank.record_ids() {
@@ -363,7 +423,26 @@ fn other_vectors_need_no_encoding() {
     assert_eq!(manifest.counts.documents, 40);
     assert_clean_but_catalog(dir.path());
     let other = BankSpecOf::new(30, embedder);
-    assert_eq!(sync(dir.path(), &docs[20..], &other.0, 1000).generation, 3);
+    let same = sync_with(begin(dir.path(), &other.0), &docs[20..], 1000).unwrap();
+    assert_eq!(same.shards, manifest.shards);
+}
+
+#[test]
+fn re_embedding_that_is_stopped_leaves_nothing_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    compile(dir.path(), &corpus(63, 60), &spec(30));
+    let before = files(dir.path());
+    let mut calls = 0;
+    let mut embed = |texts: &[&str]| {
+        calls += 1;
+        Ok((calls < 4).then(|| vec![0.5; 3 * texts.len()]))
+    };
+    let retrieval = RetrievalSpec::Auto;
+    let vectors = NewVectors { embedder: Fingerprint::new(), dim: 3, embed: &mut embed, retrieval };
+    let stopped = edit(dir.path()).re_embed(vectors, 30, Leftovers::Refuse).err().unwrap();
+    assert!(matches!(stopped, BankError::Stopped { .. }), "{stopped}");
+    assert_eq!(calls, 4);
+    assert!(before == files(dir.path()));
 }
 
 /// The made-up bank with other vectors.

@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use memory3::bank::{
-    Bank, BankError, BankLock, BankSpec, BankWriter, DiskIo, Finding, Io, IoFile, Manifest, PublishInput,
-    RetrievalSpec, RowId, SearchParams, VerifyOptions, verify,
+    Bank, BankEditor, BankError, BankLock, BankSpec, BankWriter, DiskIo, Finding, Io, IoFile, Leftovers, Manifest,
+    PublishInput, RemoveOptions, RetrievalSpec, RowId, SearchParams, VerifyOptions, verify,
 };
 use memory3::memory::RecordId;
 
@@ -82,6 +82,73 @@ fn lossy_indexes_score_with_the_exact_vectors_and_are_reproducible() {
         assert!(found > 950, "{text}: {found} of 1000");
         let report = verify(dir.path(), VerifyOptions::default()).unwrap();
         assert!(report.is_clean() && report.skipped.is_empty(), "{text}: {report:?}");
+    }
+}
+
+#[test]
+fn an_index_with_lists_takes_what_comes_and_drops_what_goes_without_training() {
+    let docs = corpus(40, 900);
+    let spec = spec(200);
+    for text in ["IVF16,SQ8", "IVF16,PQ4x4"] {
+        let (dir, again) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let sync = |dir: &Path, docs: &[Doc]| sync_input(begin(dir, &spec), docs, factory(text)).unwrap();
+        let step = |docs: &[Doc]| {
+            let manifest = sync(dir.path(), docs);
+            // Cut short in between, the same bytes come out.
+            drop(push(begin(again.path(), &spec), docs, Stop::FinishAfter(60)).unwrap());
+            sync(again.path(), docs);
+            assert_same_files(dir.path(), again.path());
+            let bank = Bank::open(dir.path()).unwrap();
+            assert_holds(&bank, docs, &spec);
+            assert_eq!(manifest.retrieval.count, manifest.counts.records);
+            let found: usize = bank
+                .record_ids()
+                .filter(|&record| bank.is_live(record).unwrap())
+                .take(200)
+                .map(|record| {
+                    let query = bank.record(record).unwrap().vector;
+                    let hits = bank.search_with(query, 5, SearchParams { nprobe: Some(16) }).unwrap();
+                    let expected = nearest(&bank, query, 5);
+                    hits.iter().filter(|hit| expected.iter().any(|(record, _)| *record == hit.record)).count()
+                })
+                .sum();
+            assert!(found > 950, "{text}: {found} of 1000");
+            let report = verify(dir.path(), VerifyOptions::default()).unwrap();
+            assert!(report.is_clean() && report.skipped.is_empty(), "{text}: {report:?}");
+            manifest
+        };
+        let trained = |manifest: &Manifest| manifest.retrieval.trained.map(|trained| (trained.vectors, trained.added));
+        let first = step(&docs[..600]);
+        assert_eq!(trained(&first), Some((first.counts.records, 0)));
+        // Some go, some come: the lists stay.
+        let second = step(&docs[50..700]);
+        let (vectors, added) = trained(&second).unwrap();
+        assert!(vectors == first.counts.records && added > 150, "{text}: {added}");
+        assert_eq!(step(&docs[50..700]), second);
+        // Records that come back to life are there already, but not in the index.
+        let third = step(&docs[..700]);
+        let back = third.counts.records - second.counts.records;
+        assert_eq!(trained(&third), Some((vectors, added + back)));
+        // Compacted records have other ids.
+        let few = |text: &[Doc]| text.iter().map(|doc| doc.id.clone()).collect();
+        let options = RemoveOptions { ignore_missing: false, max_shrink: 1.0 };
+        for dir in [&dir, &again] {
+            BankEditor::open(dir.path(), 1000).unwrap().remove(&few(&docs[..90]), options).unwrap();
+            let (_, manifest) =
+                BankEditor::open(dir.path(), 1000).unwrap().compact(0.7, 200, Leftovers::Refuse).unwrap();
+            assert!(
+                trained(&manifest).is_some_and(|(of, moved)| of == vectors && moved > added + back),
+                "{manifest:?}"
+            );
+        }
+        step(&docs[90..700]);
+        // Much has come: trained anew.
+        let last = step(&docs);
+        assert_eq!(trained(&last), Some((last.counts.records, 0)));
+        // One that is damaged, or whose training nobody knows, is built.
+        fs::write(dir.path().join("index").join(&last.retrieval.file.file), "torn").unwrap();
+        let built = sync(dir.path(), &docs[1..]);
+        assert_eq!(trained(&built), Some((built.counts.records, 0)));
     }
 }
 

@@ -5,7 +5,8 @@ use std::path::Path;
 
 use memory3::bank::layout::SectionKind;
 use memory3::bank::{
-    Bank, BankError, Leftovers, Manifest, Repair, RepairOptions, Shard, VerifyOptions, repair, verify,
+    Bank, BankEditor, BankError, BankWriter, Draft, Leftovers, Manifest, Repair, RepairOptions, Shard, VerifyOptions,
+    repair, rollback, verify,
 };
 
 use super::support::*;
@@ -166,4 +167,72 @@ fn damage_that_cannot_be_mended_is_told_and_nothing_is_changed() {
     damage(dir.path(), 1, |bytes, shard| bytes[shard.section_range(SectionKind::Texts).start as usize + 9] ^= 1);
     let found = repair(dir.path(), options(true)).unwrap();
     assert!(found.dropped && found.lost.iter().any(|lost| lost.contains("codec")), "{found:?}");
+}
+
+#[test]
+fn a_damaged_mark_of_a_rewriting_is_put_aside_where_that_is_safe_and_by_repair_elsewhere() {
+    let dir = tempfile::tempdir().unwrap();
+    let docs = corpus(75, 60);
+    compile(dir.path(), &docs[..20], &spec(20));
+    let mark = dir.path().join("index/rewrite.json");
+    fs::write(&mark, "torn").unwrap();
+    // Without unpublished shards it says nothing.
+    assert_eq!(sync(dir.path(), &docs[..20], &spec(20), 1000).generation, 1);
+    assert_eq!(fs::read(mark.with_added_extension("aside")).unwrap(), b"torn");
+    assert!(!mark.exists());
+
+    assert!(push(begin(dir.path(), &spec(20)), &docs, Stop::DropAfter(50)).unwrap().is_none());
+    drop(begin(dir.path(), &spec(20)));
+    fs::write(&mark, "torn again").unwrap();
+    let before = files(dir.path());
+    let refused = [
+        BankWriter::begin(dir.path(), spec(20)).err().unwrap(),
+        BankEditor::open(dir.path(), 9).err().unwrap(),
+        rollback(dir.path(), 9, None).unwrap_err(),
+    ];
+    for error in refused {
+        assert!(error.to_string().contains("rewrite.json") && error.to_string().contains("memory3 repair"), "{error}");
+    }
+    assert!(before == files(dir.path()));
+    let done = mend(dir.path());
+    assert!(done.done.iter().any(|done| done.contains("rewrite.json.2.aside")), "{done:?}");
+    let next = Manifest::read(dir.path()).unwrap().next_shard;
+    let aside = dir.path().join(format!("shards/{next:06}.m3s.aside"));
+    assert!(done.damage.is_empty() && aside.exists(), "{done:?}");
+    assert_clean(dir.path());
+    sync(dir.path(), &docs, &spec(20), 1000);
+    assert_holds(&Bank::open(dir.path()).unwrap(), &docs, &spec(20));
+    assert_clean(dir.path());
+
+    // What a later program has written is not damage.
+    fs::write(&mark, r#"{"format": "memory3 rewrite", "version": 99, "generation": 2}"#).unwrap();
+    assert!(matches!(BankWriter::begin(dir.path(), spec(20)), Err(BankError::NewerVersion { .. })));
+    assert!(matches!(repair(dir.path(), options(false)), Err(BankError::NewerVersion { .. })));
+}
+
+#[test]
+fn a_damaged_draft_is_put_aside_with_the_shards_that_only_it_explains() {
+    let docs = corpus(76, 60);
+    let dir = tempfile::tempdir().unwrap();
+    let writer = begin(dir.path(), &spec(20));
+    writer.keep_codec(&input().codec, &input().codec_files, "made up").unwrap();
+    assert!(push(writer, &docs, Stop::FinishAfter(50)).unwrap().is_none());
+    fs::write(Draft::path(dir.path()), "torn").unwrap();
+    let done = mend(dir.path());
+    assert_eq!((done.generation, done.done.len()), (0, 2), "{done:?}");
+    let asides = files(dir.path()).into_keys().filter(|name| name.to_string_lossy().ends_with(".aside")).count();
+    assert_eq!(asides, 4, "the draft, two shards and the open one");
+    compile(dir.path(), &docs, &spec(20));
+    assert_holds(&Bank::open(dir.path()).unwrap(), &docs, &spec(20));
+
+    // Beside a manifest nobody needs it: old generations go all the same.
+    fs::write(Draft::path(dir.path()), "torn").unwrap();
+    for end in [50, 40, 30] {
+        sync(dir.path(), &docs[..end], &spec(20), 1);
+        fs::write(Draft::path(dir.path()), "torn").unwrap();
+    }
+    assert_eq!(memory3::bank::kept_generations(dir.path()).unwrap(), [4]);
+    let done = mend(dir.path());
+    assert!(done.done.iter().any(|done| done.contains("draft.json.2.aside")) && done.generation == 4, "{done:?}");
+    assert_clean(dir.path());
 }

@@ -128,6 +128,23 @@ fn a_damaged_leftover_is_set_aside_with_what_follows_it() {
 }
 
 #[test]
+fn what_was_set_aside_before_stays() {
+    let docs = corpus(20, 60);
+    let dir = tempfile::tempdir().unwrap();
+    for change in 1..4 {
+        assert!(push(begin(dir.path(), &spec(30)), &docs, Stop::DropAfter(40)).unwrap().is_none());
+        let path = dir.path().join("shards/000001.m3s");
+        let mut bytes = fs::read(&path).unwrap();
+        bytes[5000] ^= change;
+        fs::write(&path, bytes).unwrap();
+        drop(begin(dir.path(), &spec(30)));
+    }
+    let found = files(dir.path());
+    let kept = ["", ".2", ".3"].map(|number| &found[std::path::Path::new(&format!("shards/000001.m3s{number}.aside"))]);
+    assert!(kept[0] != kept[1] && kept[1] != kept[2] && kept[0] != kept[2]);
+}
+
+#[test]
 fn other_shard_limits_after_an_interruption_still_give_a_sound_bank() {
     let docs = corpus(16, 100);
     let dir = tempfile::tempdir().unwrap();

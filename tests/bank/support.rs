@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use memory3::bank::{
     Bank, BankError, BankShape, BankSpec, BankWriter, Chunk, Claim, CodecDescription, Manifest, NewDocument, NewRecord,
-    PublishInput, RetrievalSpec,
+    PublishInput, RetrievalSpec, RowId,
 };
 use memory3::fingerprint::Fingerprint;
 use memory3::memory::{ContentHash, MemoryShape};
@@ -211,19 +211,33 @@ pub fn sync(dir: &Path, docs: &[Doc], spec: &BankSpec, keep: u32) -> Manifest {
     sync_with(begin(dir, spec), docs, keep).unwrap()
 }
 
-pub fn sync_with(mut writer: BankWriter, docs: &[Doc], keep_generations: u32) -> Result<Manifest, BankError> {
+pub fn sync_with(writer: BankWriter, docs: &[Doc], keep_generations: u32) -> Result<Manifest, BankError> {
+    sync_input(writer, docs, PublishInput { keep_generations, ..input() })
+}
+
+pub fn sync_input(mut writer: BankWriter, docs: &[Doc], input: PublishInput) -> Result<Manifest, BankError> {
     for doc in docs {
         writer.claim_document(&doc.id, ContentHash::of_text(&doc.text()))?;
     }
-    let missing = writer.unclaimed()?.into_iter().map(|vanished| vanished.row).collect();
+    let missing = unclaimed(&writer)?.into_iter().map(|(_, row, _)| row).collect();
     writer.begin_pass()?;
     match push(writer, docs, Stop::Never)? {
         Some(writer) => {
             let tombstones = writer.still_unclaimed(missing)?;
-            writer.publish(PublishInput { tombstones, keep_generations, ..input() })
+            writer.publish(PublishInput { tombstones, ..input })
         }
         None => unreachable!("nothing stops it"),
     }
+}
+
+/// Id, last row and published row of the documents that the pass has not claimed.
+pub fn unclaimed(writer: &BankWriter) -> Result<Vec<(String, RowId, Option<RowId>)>, BankError> {
+    let mut found = Vec::new();
+    writer.for_each_unclaimed(|one| {
+        found.push((one.id.to_owned(), one.row, one.published));
+        Ok(())
+    })?;
+    Ok(found)
 }
 
 /// Does the bank hold exactly these documents, each with its chunks, texts, codes and vectors?

@@ -141,8 +141,100 @@ fn a_broken_input_removes_nothing() {
     write(&program, &corpus[..56].to_vec());
     let report = program.compile("bank", &ARGS).expect(1).json();
     assert_eq!(report["plan"]["vanished"], 0, "{report}");
+    // That much may vanish says nothing about inputs that hide it.
     let report = program.compile("bank", &[&ARGS[..], &["--allow-shrink"]].concat()).expect(1).json();
+    assert_eq!(report["plan"]["vanished"], 0, "{report}");
+    assert!(report["plan"]["notes"].to_string().contains("--allow-unreadable"), "{report}");
+    let report = program.compile("bank", &[&ARGS[..], &["--allow-unreadable"]].concat()).expect(1).json();
     assert_eq!(report["plan"]["vanished"], 2, "{report}");
+    write(&program, &corpus[..55].to_vec());
+    program.write(
+        "pipeline.toml",
+        "[bank]
+allow_unreadable = true
+",
+    );
+    assert_eq!(program.compile("bank", &ARGS).expect(1).json()["plan"]["vanished"], 1);
+}
+
+/// Rows with a second field, in the place of the first for whoever names it.
+fn write_with_titles(program: &Program, rows: &Rows) {
+    let line = |(id, text): &(String, String)| {
+        serde_json::json!({"id": id, "text": text, "title": format!("The title of {id}")}).to_string() + "\n"
+    };
+    program.write("corpus/rows.jsonl", rows.iter().map(line).collect::<String>());
+}
+
+#[test]
+fn another_text_field_does_not_replace_every_document_unasked() {
+    let program = Program::new();
+    write_with_titles(&program, &rows(100));
+    program.compile("bank", &ARGS).expect(0);
+    let before = published_files(&program.path().join("bank"));
+    let wrong = [&ARGS[..], &["--text-field", "title"]].concat();
+    let refused = program.compile("bank", &wrong).expect(2);
+    for word in ["100 of 100", "doc-0", "another text", "bank.max_change = 0.5", "--text-field", "--allow-change"] {
+        assert!(refused.stderr.contains(word), "{word}: {}", refused.stderr);
+    }
+    assert!(before == published_files(&program.path().join("bank")));
+    // One guard does not open the other; both speak when both stop.
+    program.compile("bank", &[&wrong[..], &["--allow-shrink", "--allow-unreadable"]].concat()).expect(2);
+    write_with_titles(&program, &rows(80));
+    let plan = program.compile("bank", &[&wrong[..], &["--dry-run"]].concat()).expect(1).json()["plan"].clone();
+    let reason = plan["refused"].as_str().unwrap();
+    assert!(reason.contains("20 of 100") && reason.contains("80 of 100"), "{reason}");
+    assert!(
+        program.compile("bank", &[&wrong[..], &["--allow-change"]].concat()).expect(2).stderr.contains("20 of 100")
+    );
+    program.compile("bank", &[&wrong[..], &["--allow-change", "--max-shrink", "0.2"]].concat()).expect(0);
+    // By the settings and by the environment too, there and back.
+    program.write("pipeline.toml", "[bank]\nmax_change = 1.0\n");
+    assert_eq!(program.compile("bank", &ARGS).expect(0).json()["documents"]["changed"], 80);
+    std::fs::remove_file(program.path().join("pipeline.toml")).unwrap();
+    program.compile("bank", &wrong).expect(2);
+    for (args, name, value) in [(&wrong[..], "MEMORY3_ALLOW_CHANGE", "true"), (&ARGS, "MEMORY3_MAX_CHANGE", "1")] {
+        let ended = program.compile_command("bank", args).env(name, value).output().unwrap();
+        assert!(ended.status.success(), "{name}: {}", String::from_utf8_lossy(&ended.stderr));
+    }
+    assert_eq!(documents(&program, "bank"), sorted(&rows(80)));
+}
+
+#[test]
+fn a_text_that_cannot_be_cut_leaves_the_published_one() {
+    let program = Program::new();
+    program.write("corpus/a.txt", "bell");
+    program.write("corpus/b.txt", "rope");
+    let args = ["corpus", "--codec", "none", "--chunk-tokens", "2", "--tokens-per-head", "2"];
+    program.compile("bank", &args).expect(0);
+    let before = documents(&program, "bank");
+    program.write("corpus/a.txt", "\u{1f9ff}");
+    let report = program.compile("bank", &args).expect(1).json();
+    assert_eq!((&report["plan"]["kept"], &report["documents"]["rejected"]), (&1.into(), &1.into()), "{report}");
+    assert_eq!(documents(&program, "bank"), before);
+}
+
+#[test]
+fn documents_that_cannot_be_seen_stay_as_published_after_an_interrupted_run() {
+    let program = Program::new();
+    let corpus = rows(150);
+    write(&program, &corpus);
+    let args = [&ARGS[..], &["--batch-chunks", "4"]].concat();
+    program.compile("bank", &args).expect(0);
+    let mut changed = corpus.clone();
+    for row in (0..150).step_by(3) {
+        changed[row].1 = format!("{} and then some words of row {row}", corpus[row].1);
+    }
+    write(&program, &changed);
+    program.kill_after_a_shard("bank", &args);
+    // The changed ones are gone from the corpus, and a torn line may be any of them.
+    let rest: Rows = corpus.iter().enumerate().filter(|(row, _)| row % 3 > 0).map(|(_, row)| row.clone()).collect();
+    write(&program, &rest);
+    let text = std::fs::read_to_string(program.path().join("corpus/rows.jsonl")).unwrap();
+    program.write("corpus/rows.jsonl", text + "{\"id\": \"doc-");
+    let report = program.compile("bank", &args).expect(1).json();
+    assert_eq!((&report["plan"]["kept"], &report["plan"]["vanished"]), (&50.into(), &0.into()), "{report}");
+    assert_eq!(documents(&program, "bank"), sorted(&corpus));
+    program.run(&["verify", "--bank", "bank"]).expect(0);
 }
 
 #[test]
@@ -197,19 +289,7 @@ fn an_incremental_run_that_was_killed_ends_in_the_same_bytes() {
     write(&program, &corpus);
     program.compile("whole", &[&ARGS[..], &["--batch-chunks", "64", "--threads", "1"]].concat()).expect(0);
     let before = published_files(&program.path().join("killed"));
-    let shard = format!("{:06}.m3s", memory3::bank::Manifest::read(&program.path().join("killed")).unwrap().next_shard);
-    let mut child = program
-        .compile_command("killed", &args)
-        .stdout(std::process::Stdio::null())
-        .stderr(std::process::Stdio::null())
-        .spawn()
-        .unwrap();
-    while !program.path().join("killed/shards").join(&shard).exists() {
-        assert!(child.try_wait().unwrap().is_none(), "the run was over before it could be killed");
-        std::thread::sleep(std::time::Duration::from_millis(1));
-    }
-    child.kill().unwrap();
-    child.wait().unwrap();
+    program.kill_after_a_shard("killed", &args);
     let manifest = |files: &[(String, Vec<u8>)]| files.iter().find(|(name, _)| name == "index/manifest.json").cloned();
     assert_eq!(manifest(&before), manifest(&published_files(&program.path().join("killed"))));
     let rest = program.compile("killed", &args).expect(0).json();

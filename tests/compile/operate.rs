@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use memory3::pipeline::{self, Mode, Progress, StopFlag, Task};
 use serde_json::Value;
 
 use super::program::{Program, repository, tiny_encoder};
@@ -40,6 +41,10 @@ fn remove_compact_generations_and_rollback_go_together() {
 
     let planned = json(&program, &["compact", "--dry-run"]);
     assert_eq!(planned["generation"], Value::Null);
+    let told = program.run(&["compact", "--dry-run", "--bank", "bank"]).expect(0);
+    assert!(told.stdout.contains("shard 1: 0 of 8 records live") && told.stdout.contains(", small"), "{}", told.stdout);
+    let narrow = json(&program, &["compact", "--dry-run", "--records-per-shard", "8"]);
+    assert_eq!(narrow["shards"].as_array().unwrap().len(), planned["shards"].as_array().unwrap().len() - 1, "{narrow}");
     let done = json(&program, &["compact"]);
     assert_eq!((&done["shards"], &done["generation"]), (&planned["shards"], &3.into()));
     assert!(done["bytes_after"].as_u64() < done["bytes_before"].as_u64(), "{done}");
@@ -241,6 +246,55 @@ fn another_text_encoder_is_refused_until_the_vectors_are_made_anew() {
         program.run(&["search", "bell", "--bank", "bank", "--embedder", tiny_encoder().to_str().unwrap()]).expect(2);
     assert!(old.stderr.contains("embedder"), "{}", old.stderr);
     assert_eq!(run(&["--re-embed"]).expect(0).json()["bank"]["generation"], 3, "there is nothing more to do");
+}
+
+#[test]
+fn re_embedding_says_what_it_has_published_when_the_rest_is_refused_and_stops_when_asked_to() {
+    let program = Program::new();
+    bank(&program, &NONE);
+    let other = repository().join("tests/fixtures/embed/tiny-xlmr");
+    let folder = program.path().join("bank");
+    let before = super::program::published_files(&folder);
+
+    let mut config = memory3::config::Config::default();
+    config.corpus.inputs = vec![program.path().join("corpus").to_string_lossy().into_owned()];
+    (config.model.path, config.embedder.path) = (program.path().join("model"), other.clone());
+    (config.bank.path, config.codec.spec) = (folder.clone(), "none".to_owned());
+    let (task, stop) = (Task { mode: Mode::Match, dry_run: false, re_embed: true }, StopFlag::default());
+    stop.stop();
+    let ledger = program.path().join("ledger.jsonl");
+    let report = pipeline::compile(&config, task, &ledger, &Progress::default(), &stop).unwrap();
+    assert!(report.stopped && report.re_embedded.is_none(), "{report:?}");
+    assert!(before == super::program::published_files(&folder));
+
+    (10..40).for_each(|row| std::fs::remove_file(program.path().join(format!("corpus/{row}.txt"))).unwrap());
+    let args = ["compile", "--model", "model", "--bank", "bank", "--re-embed", "--embedder", other.to_str().unwrap()];
+    let refused = program.run(&[&args[..], &NONE].concat()).expect(2);
+    for word in ["published as generation 2", "30 of 40", "no document was changed"] {
+        assert!(refused.stderr.contains(word), "{word}: {}", refused.stderr);
+    }
+    let manifest = memory3::bank::Manifest::read(&folder).unwrap();
+    assert_eq!((manifest.generation, manifest.counts.documents), (2, 40));
+    let encoder = memory3::embed::open(&other, memory3::model::Device::Cpu, memory3::model::DType::F32).unwrap();
+    assert_eq!(&manifest.embedder, encoder.fingerprint());
+}
+
+#[test]
+fn a_damaged_draft_stops_a_compile_until_it_is_put_aside() {
+    let program = Program::new();
+    for row in 0..300 {
+        program.write(&format!("corpus/{row:03}.txt"), format!("Document {row} tells of lamp {}.", row * 7 % 101));
+    }
+    let args = [&NONE[..], &["--batch-chunks", "4"]].concat();
+    program.kill_after_a_shard("bank", &args);
+    std::fs::write(program.path().join("bank/index/draft.json"), "{\"format\":").unwrap();
+    let refused = program.compile("bank", &args).expect(2);
+    assert!(refused.stderr.contains("draft.json") && refused.stderr.contains("memory3 repair"), "{}", refused.stderr);
+    let mended = program.run(&["repair", "--bank", "bank"]).expect(0);
+    assert!(mended.stdout.contains("draft.json.aside") && mended.stdout.contains("begins anew"), "{}", mended.stdout);
+    assert!(program.path().join("bank/shards/000001.m3s.aside").exists());
+    program.compile("bank", &args).expect(0);
+    program.run(&["verify", "--bank", "bank"]).expect(0);
 }
 
 #[test]

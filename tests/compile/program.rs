@@ -72,6 +72,20 @@ impl Program {
         finished(args, self.compile_command(bank, args).output().unwrap())
     }
 
+    /// Kills a compile when it has finished its first shard.
+    pub fn kill_after_a_shard(&self, bank: &str, args: &[&str]) {
+        let folder = self.path().join(bank);
+        let next = memory3::bank::Manifest::read(&folder).map_or(1, |manifest| manifest.next_shard);
+        let shard = folder.join(format!("shards/{next:06}.m3s"));
+        let mut child = self.compile_command(bank, args).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        while !shard.exists() {
+            assert!(child.try_wait().unwrap().is_none(), "the run was over before it could be killed");
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
     /// Another verb with the arguments of `compile`.
     pub fn compile_verb(&self, verb: &str, bank: &str, args: &[&str]) -> Finished {
         finished(args, self.verb_command(verb, bank, args).output().unwrap())
