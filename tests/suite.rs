@@ -12,3 +12,5 @@ mod gpu;
 mod model;
 mod read;
 mod select;
+#[cfg(feature = "serve")]
+mod serve;

@@ -224,7 +224,7 @@ pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<Outcome> {
 }
 
 /// Loads the model that wrote the bank, and refuses another.
-fn load(
+pub(super) fn load(
     dir: &std::path::Path,
     chunker: &Chunker,
     bank: &Bank,

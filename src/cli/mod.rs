@@ -21,6 +21,8 @@ mod plan;
 mod progress;
 mod repair;
 mod search;
+#[cfg(feature = "serve")]
+mod serve;
 mod show;
 mod verify;
 
@@ -99,6 +101,9 @@ enum Verb {
     Rollback(maintain::RollbackArgs),
     /// Go on with a text, reading memories
     Generate(generate::GenerateArgs),
+    /// Serve texts that go on, and searches, over HTTP, as OpenAI's clients ask for them
+    #[cfg(feature = "serve")]
+    Serve(Box<serve::ServeArgs>),
     /// Find the records nearest to a text
     Search(search::SearchArgs),
     /// Show one record: its text, with the tokens that each layer and head kept
@@ -128,6 +133,8 @@ pub fn run() -> ExitCode {
         Verb::Generations(args) => maintain::generations(&cli.global, args),
         Verb::Rollback(args) => maintain::rollback(&cli.global, args),
         Verb::Generate(args) => generate::run(&cli.global, args),
+        #[cfg(feature = "serve")]
+        Verb::Serve(args) => serve::run(&cli.global, args),
         Verb::Search(args) => search::run(&cli.global, args),
         Verb::Show(args) => show::run(&cli.global, args),
         Verb::Inspect(args) => inspect::run(&cli.global, args),

@@ -7,6 +7,8 @@
 mod cache;
 mod error;
 #[cfg(feature = "compile")]
+mod fit;
+#[cfg(feature = "compile")]
 mod generate;
 pub mod leak;
 mod memories;
@@ -15,6 +17,8 @@ mod model;
 mod retrieve;
 #[cfg(feature = "compile")]
 mod sample;
+#[cfg(feature = "compile")]
+mod spelling;
 
 pub use cache::{CacheCounters, MemoryCache};
 pub use error::ReadError;
@@ -27,3 +31,5 @@ pub use generate::{CHUNK, Event, Generated, Generator, Library, stop_tokens};
 pub use model::{Context, ReadModel, Turn, Wanted};
 #[cfg(feature = "compile")]
 pub use sample::{Sampler, Sampling};
+#[cfg(feature = "compile")]
+pub use spelling::Spelling;
