@@ -36,6 +36,8 @@ mod peak;
 mod peer;
 #[path = "suite/product.rs"]
 mod product;
+#[path = "suite/read.rs"]
+mod read;
 #[path = "suite/report.rs"]
 mod report;
 #[path = "suite/select.rs"]
@@ -56,13 +58,14 @@ struct Bench {
     run: fn(Effort) -> Table,
 }
 
-const BENCHES: [Bench; 7] = [
+const BENCHES: [Bench; 8] = [
     Bench { name: "product", one_thread: true, run: product::run },
     Bench { name: "select", one_thread: true, run: select::run },
     Bench { name: "codec", one_thread: true, run: codec::run },
     Bench { name: "training", one_thread: false, run: training::run },
     Bench { name: "forward", one_thread: true, run: forward::run },
     Bench { name: "embed", one_thread: true, run: embed::run },
+    Bench { name: "read", one_thread: true, run: read::run },
     Bench { name: "gpu", one_thread: false, run: gpu::run },
 ];
 

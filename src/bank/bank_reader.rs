@@ -149,6 +149,14 @@ impl Bank {
         shard.record(id.slot)
     }
 
+    /// Asks the system to fetch a record's bytes from the drive, without waiting for them. Of a record that there is not,
+    /// nothing.
+    pub fn will_need(&self, id: RecordId) {
+        if let Some(shard) = self.shards.get(&id.shard) {
+            shard.will_need(id.slot);
+        }
+    }
+
     /// A document row, dead ones too.
     ///
     /// # Errors

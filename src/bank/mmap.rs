@@ -6,7 +6,7 @@
 #![allow(unsafe_code)]
 
 use std::fs::File;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::path::Path;
 
 use crate::bank::error::BankError;
@@ -30,6 +30,16 @@ impl Map {
         // name (module comment), so the bytes behind the slice do not change while it lives.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(BankError::io(path, "map"))?;
         Ok(Self(Some(map)))
+    }
+
+    /// Asks the system to fetch these bytes, without waiting for them. Where it cannot, they come when they are read.
+    pub(crate) fn will_need(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        if let Some(map) = &self.0 {
+            let _ = map.advise_range(memmap2::Advice::WillNeed, range.start, range.len());
+        }
+        #[cfg(not(unix))]
+        let _ = range;
     }
 }
 

@@ -221,6 +221,14 @@ impl Shard {
         })
     }
 
+    /// Asks the system to fetch a record's bytes, without waiting for them.
+    pub(crate) fn will_need(&self, slot: u32) {
+        if (slot as usize) < self.records {
+            let start = self.sections[SectionKind::Records.index()].range.start + slot as usize * self.layout.stride;
+            self.map.will_need(start..start + self.layout.stride);
+        }
+    }
+
     /// All bytes of a record, unchecked.
     ///
     /// # Errors

@@ -2,20 +2,19 @@
 
 use std::time::Instant;
 
-use anyhow::Context;
 use clap::Args;
 use serde::Serialize;
 
 use super::options::{self, BankArg, EmbedderArg, ModelArg};
-use super::search::{open_embedder, place_text};
+use super::reading::{RetrievalArgs, load_model, open_embedder};
+use super::trace::TracedReading;
 use super::{Global, Outcome, output};
-use crate::bank::{Bank, BankError, Manifest};
+use crate::bank::Bank;
 use crate::corpus::Chunker;
-use crate::memory::RecordId;
-use crate::model::{DType, MAX_CHUNK_TOKENS, MemorySpec, ModelConfig, PrefixKv};
+use crate::model::{DType, MAX_CHUNK_TOKENS};
 use crate::read::{
-    CHUNK, CacheCounters, Event, Generator, Library, MemoryReader, Place, Provenance, ReadModel, Sampling, Strategy,
-    stop_tokens,
+    CacheCounters, Condition, Event, Generated, Generator, MemoryReader, Prompt, Reading, Retriever, Sampling,
+    SessionOptions, Times, stop_tokens,
 };
 
 /// Arguments of `memory3 generate`.
@@ -31,21 +30,14 @@ pub struct GenerateArgs {
     /// Text to go on with; several run together
     #[arg(long, required = true, value_name = "TEXT")]
     prompt: Vec<String>,
-    /// Memories for every 64 tokens
-    #[arg(long, default_value_t = 5, value_name = "N")]
-    memories: usize,
     /// The plain model, no bank
     #[arg(long, conflicts_with_all = ["rag", "trace"])]
     no_memory: bool,
     /// The plain model, with the references as text in front of the prompt
     #[arg(long)]
     rag: bool,
-    /// Choose memories that are not alike: 1 takes the nearest, 0 the least alike
-    #[arg(long, value_name = "SHARE", conflicts_with = "fetch")]
-    diverse: Option<f32>,
-    /// Choose among so many candidates by their exact score
-    #[arg(long, value_name = "N")]
-    fetch: Option<usize>,
+    #[command(flatten)]
+    retrieval: RetrievalArgs,
     /// Most tokens to generate
     #[arg(long, default_value_t = 128, value_name = "N")]
     max_tokens: usize,
@@ -70,7 +62,7 @@ pub struct GenerateArgs {
     /// Bytes of RAM for decoded memories
     #[arg(long, default_value_t = 256 << 20, value_name = "BYTES")]
     cache_bytes: usize,
-    /// Tell which references are used, on standard error
+    /// Tell for every 64 tokens which references were used and how much attention each got, on standard error
     #[arg(long)]
     trace: bool,
     #[command(flatten)]
@@ -86,43 +78,38 @@ struct Report {
     texts: Vec<Text>,
     seconds: f64,
     tokens_per_second: f64,
+    /// Where the time went.
+    times: Times,
     #[serde(skip_serializing_if = "Option::is_none")]
     cache: Option<CacheCounters>,
 }
 
 #[derive(Serialize)]
 struct Text {
+    /// As the model got it.
     prompt: String,
     text: String,
     tokens: Vec<u32>,
     stopped: bool,
     retrievals: usize,
-    references: Vec<References>,
+    readings: Vec<TracedReading>,
 }
 
-#[derive(Serialize)]
-struct References {
-    /// Generated tokens when they came into force.
-    generated: usize,
-    query: String,
-    records: Vec<Reference>,
-}
-
-#[derive(Serialize)]
-struct Reference {
-    record: RecordId,
-    score: f32,
-    documents: Vec<Place>,
-    text: String,
+/// Tells what happens, as it happens.
+struct Teller<'a> {
+    bank: Option<&'a Bank>,
+    /// A single text for people goes to standard output piece by piece.
+    streams: bool,
+    trace: bool,
+    /// Of each text; only where somebody wants them.
+    readings: Option<Vec<Vec<TracedReading>>>,
 }
 
 /// Runs `memory3 generate`.
 pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<Outcome> {
-    anyhow::ensure!(
-        (0.0..=1.0).contains(&args.top_p) && args.temperature >= 0.0,
-        "--top-p 0 to 1, --temperature from 0"
-    );
-    let config = options::load_config(global)?;
+    anyhow::ensure!((0.0..=1.0).contains(&args.top_p), "--top-p: a probability, 0 to 1");
+    anyhow::ensure!(args.temperature >= 0.0 && args.temperature.is_finite(), "--temperature: a number, from 0");
+    let (config, settings) = (options::load_config(global)?, args.retrieval.settings()?);
     let dir = args.model.resolve(&config);
     let chunker = Chunker::from_dir(&dir, MAX_CHUNK_TOKENS)?;
     let opened = if args.no_memory {
@@ -132,167 +119,107 @@ pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<Outcome> {
         let embedder = open_embedder(reader.bank(), &args.embedder.resolve(&config))?;
         Some((reader, embedder))
     };
-    let strategy = match (args.diverse, args.fetch) {
-        (Some(relevance), _) => Strategy::Diverse { relevance, fetch: args.memories.saturating_mul(4) },
-        (None, Some(fetch)) => Strategy::TwoStage { fetch },
-        (None, None) => Strategy::Top,
-    };
-    let library = opened.as_ref().map(|(reader, embedder)| Library {
-        reader,
+    let retriever = opened.as_ref().map(|(reader, embedder)| Retriever {
+        bank: reader.bank(),
+        source: reader,
         embedder: &**embedder,
-        memories: args.memories,
-        strategy,
+        settings,
     });
-    let mut prompts = args.prompt.clone();
-    if let Some(library) = library.as_ref().filter(|_| args.rag) {
-        for prompt in &mut prompts {
-            *prompt = with_references(library, &chunker, prompt)?;
-        }
-    }
-    let tokens = |prompt: &String| {
-        Ok(chunker.chunk(prompt)?.iter().map(|chunk| chunk.tokens.len()).sum::<usize>()) as anyhow::Result<usize>
+    let condition = match &retriever {
+        Some(retriever) if args.rag => Condition::Text(retriever),
+        Some(retriever) => Condition::Memories(retriever),
+        None => Condition::Plain,
     };
-    let longest = prompts.iter().map(tokens).collect::<anyhow::Result<Vec<_>>>()?.into_iter().max().unwrap_or(0);
-    let reading = library.filter(|_| !args.rag);
-    let before = reading.map_or(0, |_| chunker.prefix().len() + MAX_CHUNK_TOKENS);
-    let positions = before + 1 + longest + args.max_tokens;
-    let model = match &reading {
-        Some(library) => load(&dir, &chunker, library.reader.bank(), args.dtype, positions)?,
-        None => ReadModel::load_plain(&dir, args.dtype, positions)?,
+    let mut times = Times::default();
+    let prompts = args.prompt.iter().map(|text| condition.prompt(&chunker, text, &mut times));
+    let prompts = prompts.collect::<Result<Vec<_>, _>>()?;
+    let longest = prompts.iter().map(|prompt| prompt.tokens.len()).max().unwrap_or(0);
+    let positions = condition.positions(&chunker) + longest + args.max_tokens;
+    let reads = matches!(condition, Condition::Memories(_));
+    let bank = opened.as_ref().map(|(reader, _)| reader.bank());
+    let model = load_model(bank.filter(|_| reads), &dir, &chunker, args.dtype, positions)?;
+    let generator = Generator {
+        model: &model,
+        chunker: &chunker,
+        condition,
+        options: SessionOptions { watch: args.trace, ..SessionOptions::default() },
+        stop: if args.ignore_eos { Vec::new() } else { stop_tokens(&dir)? },
+        max_tokens: args.max_tokens,
+        sampling: Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed },
     };
-    let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, top_p: args.top_p, seed: args.seed };
-    let stop = if args.ignore_eos { Vec::new() } else { stop_tokens(&dir)? };
-    let generator =
-        Generator { model: &model, chunker: &chunker, library: reading, stop, max_tokens: args.max_tokens, sampling };
     let streams = !global.json && prompts.len() == 1;
-    let (mut references, mut failed) = (Vec::new(), None);
-    prompts.iter().for_each(|_| references.push(Vec::new()));
-    let slices: Vec<&str> = prompts.iter().map(String::as_str).collect();
-    let started = Instant::now();
-    let texts = generator.generate(&slices, &mut |sequence, event| {
-        let told = match event {
-            Event::Text(text) if streams => output::print(text),
-            Event::Text(_) => Ok(()),
-            Event::References { generated, query, hits } => match &opened {
-                Some((reader, _)) if args.trace || global.json => {
-                    describe(reader.bank(), generated, query, hits).map(|found| {
-                        if args.trace {
-                            eprint!("{}", found.text());
-                        }
-                        references[sequence].push(found);
-                    })
-                }
-                _ => Ok(()),
-            },
-        };
-        failed = failed.take().or(told.err());
+    let wanted = args.trace || global.json;
+    let mut teller =
+        Teller { bank, streams, trace: args.trace, readings: wanted.then(|| vec![Vec::new(); prompts.len()]) };
+    for (number, prompt) in prompts.iter().enumerate().filter(|(_, prompt)| !prompt.references.is_empty()) {
+        teller.tell(number, Event::Read(in_front(prompt)))?;
+    }
+    let (started, mut failed) = (Instant::now(), None);
+    let (texts, more) = generator.generate(&prompts, &mut |number, event| {
+        failed = failed.take().or_else(|| teller.tell(number, event).err());
     })?;
-    if let Some(error) = failed {
-        return Err(error);
-    }
+    failed.map_or(Ok(()), Err)?;
     let seconds = started.elapsed().as_secs_f64();
-    let generated: usize = texts.iter().map(|text| text.tokens.len()).sum();
     let report = Report {
-        tokens_per_second: generated as f64 / seconds,
+        tokens_per_second: texts.iter().map(|text| text.tokens.len()).sum::<usize>() as f64 / seconds,
         seconds,
-        cache: reading.map(|library| library.reader.counters()),
-        texts: texts
-            .into_iter()
-            .zip(prompts)
-            .zip(references)
-            .map(|((found, prompt), references)| Text {
-                prompt,
-                text: found.text,
-                tokens: found.tokens,
-                stopped: found.stopped,
-                retrievals: found.retrievals,
-                references,
-            })
-            .collect(),
+        times: times + more,
+        cache: opened.as_ref().filter(|_| reads).map(|(reader, _)| reader.counters()),
+        texts: report_texts(prompts, texts, teller.readings),
     };
-    if global.json {
-        output::print_json(&report)?;
-    } else if streams {
-        output::print("\n")?;
-    } else {
-        for text in &report.texts {
-            output::print(&format!("{}{}\n\n", text.prompt, text.text))?;
-        }
-    }
-    tracing::info!("{generated} tokens in {seconds:.2} s, {:.1} a second", report.tokens_per_second);
+    print(global, &report, streams)?;
+    tracing::info!("{seconds:.2} s, {:.1} tokens a second", report.tokens_per_second);
     Ok(Outcome::Done)
 }
 
-/// Loads the model that wrote the bank, and refuses another.
-pub(super) fn load(
-    dir: &std::path::Path,
-    chunker: &Chunker,
-    bank: &Bank,
-    dtype: DType,
-    positions: usize,
-) -> anyhow::Result<ReadModel> {
-    let manifest = bank.manifest();
-    let stored = PrefixKv::from_safetensors_bytes(&bank.prefix()?)?;
-    let spec = MemorySpec {
-        layers: manifest.shape.memory_layers.clone(),
-        slots: manifest.shape.memory.slots,
-        ..MemorySpec::default()
-    };
-    let (most, field) = ModelConfig::from_dir(dir)?.max_positions;
-    anyhow::ensure!(
-        positions <= most,
-        "prefix, memories, prompt and --max-tokens take {positions} positions, the model has {field} = {most}; \
-         ask for fewer tokens"
-    );
-    let model = ReadModel::load(dir, &stored.tokens, &spec, dtype, positions)?;
-    // What was run must be the same; how it was rounded, scored and coded need not concern a reader.
-    let mut own = model.fingerprint().cloned().unwrap_or_default();
-    own.set("tokenizer", chunker.tokenizer_hash());
-    let mut differences = manifest.fingerprint.differences(&own);
-    differences.retain(|field| own.get(&field.name).is_some() && !["dtype", "score"].contains(&field.name.as_str()));
-    if !differences.is_empty() {
-        return Err(BankError::Fingerprint { path: Manifest::path(bank.dir()), differences })
-            .with_context(|| format!("{}: not the model of this bank; name that with --model", dir.display()));
+/// References that stand in front of a prompt, as a reading of all of it.
+fn in_front(prompt: &Prompt) -> Reading {
+    Reading {
+        tokens: 0..prompt.tokens.len(),
+        query: String::new(),
+        hits: prompt.references.clone(),
+        weights: vec![1.0; prompt.references.len()],
+        attention: None,
     }
-    let both_f32 = dtype == DType::F32 && manifest.fingerprint.get("dtype").is_none_or(|dtype| dtype == "f32");
-    model.check_prefix(&stored, both_f32)?;
-    Ok(model)
 }
 
-/// The references that the prompt's chunks would read as memories, each once, as text in front of it.
-fn with_references(library: &Library<'_>, chunker: &Chunker, prompt: &str) -> anyhow::Result<String> {
-    let tokens: Vec<u32> = chunker.chunk(prompt)?.into_iter().flat_map(|chunk| chunk.tokens).collect();
-    let (mut records, mut text) = (Vec::new(), String::new());
-    for chunk in tokens.chunks(CHUNK) {
-        for hit in library.find(&chunker.decode(chunk)?)?.0 {
-            if !records.contains(&hit.record) {
-                records.push(hit.record);
-                text += &format!("Reference: {}\n", library.reader.provenance(hit.record)?.text);
+fn report_texts(prompts: Vec<Prompt>, texts: Vec<Generated>, readings: Option<Vec<Vec<TracedReading>>>) -> Vec<Text> {
+    let mut readings = readings.unwrap_or_default().into_iter();
+    let texts = prompts.into_iter().zip(texts).map(|(prompt, text)| Text {
+        prompt: prompt.text,
+        text: text.text,
+        tokens: text.tokens,
+        stopped: text.stopped,
+        retrievals: text.retrievals,
+        readings: readings.next().unwrap_or_default(),
+    });
+    texts.collect()
+}
+
+fn print(global: &Global, report: &Report, streams: bool) -> anyhow::Result<()> {
+    if global.json {
+        return output::print_json(report);
+    }
+    if streams {
+        return output::print("\n");
+    }
+    report.texts.iter().try_for_each(|text| output::print(&format!("{}{}\n\n", text.prompt, text.text)))
+}
+
+impl Teller<'_> {
+    fn tell(&mut self, number: usize, event: Event<'_>) -> anyhow::Result<()> {
+        match event {
+            Event::Text(text) if self.streams => output::print(text),
+            Event::Text(_) => Ok(()),
+            Event::Read(reading) => {
+                let (Some(bank), Some(readings)) = (self.bank, &mut self.readings) else { return Ok(()) };
+                let reading = TracedReading::new(bank, reading)?;
+                if self.trace {
+                    eprint!("{}", reading.text());
+                }
+                readings[number].push(reading);
+                Ok(())
             }
         }
-    }
-    Ok(format!("{text}\n{prompt}"))
-}
-
-fn describe(bank: &Bank, generated: usize, query: &str, hits: &[crate::bank::Hit]) -> anyhow::Result<References> {
-    let records = hits.iter().map(|hit| {
-        let Provenance { text, documents } = Provenance::of(bank, hit.record)?;
-        Ok(Reference { record: hit.record, score: hit.score, documents, text })
-    });
-    Ok(References { generated, query: query.to_owned(), records: records.collect::<anyhow::Result<_>>()? })
-}
-
-impl References {
-    /// For people.
-    fn text(&self) -> String {
-        let mut text = format!("\n[{} tokens generated; memories for {:?}]\n", self.generated, self.query);
-        for found in &self.records {
-            let places: Vec<String> = found.documents.iter().map(place_text).collect();
-            let line = found.text.split_whitespace().collect::<Vec<_>>().join(" ");
-            let line: String = line.chars().take(100).collect();
-            text +=
-                &format!("  {:.4}  record {}  {}\n          {line}\n", found.score, found.record, places.join("; "));
-        }
-        text
     }
 }

@@ -8,6 +8,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod bench_read;
+mod bench_report;
 mod compile;
 mod cost;
 mod events;
@@ -19,11 +21,13 @@ mod options;
 mod output;
 mod plan;
 mod progress;
+mod reading;
 mod repair;
 mod search;
 #[cfg(feature = "serve")]
 mod serve;
 mod show;
+mod trace;
 mod verify;
 
 /// How a verb ended.
@@ -100,7 +104,9 @@ enum Verb {
     /// Publish an earlier generation again
     Rollback(maintain::RollbackArgs),
     /// Go on with a text, reading memories
-    Generate(generate::GenerateArgs),
+    Generate(Box<generate::GenerateArgs>),
+    /// Measure tokens a second with memories and without
+    BenchRead(Box<bench_read::BenchReadArgs>),
     /// Serve texts that go on, and searches, over HTTP, as OpenAI's clients ask for them
     #[cfg(feature = "serve")]
     Serve(Box<serve::ServeArgs>),
@@ -133,6 +139,7 @@ pub fn run() -> ExitCode {
         Verb::Generations(args) => maintain::generations(&cli.global, args),
         Verb::Rollback(args) => maintain::rollback(&cli.global, args),
         Verb::Generate(args) => generate::run(&cli.global, args),
+        Verb::BenchRead(args) => bench_read::run(&cli.global, args),
         #[cfg(feature = "serve")]
         Verb::Serve(args) => serve::run(&cli.global, args),
         Verb::Search(args) => search::run(&cli.global, args),

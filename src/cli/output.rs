@@ -7,6 +7,8 @@ use indicatif::MultiProgress;
 use serde::Serialize;
 use tracing_subscriber::EnvFilter;
 
+use crate::read::Place;
+
 /// Sends the library's notes to standard error; `MEMORY3_LOG` takes a `tracing` filter such as `memory3=debug`.
 pub fn start_logging(quiet: bool) {
     let default = if quiet { "error" } else { "warn,memory3=info" };
@@ -101,6 +103,20 @@ pub fn describe(error: &anyhow::Error) -> String {
         }
     }
     text
+}
+
+/// Where a text stands: `islands/veyra.md, chunk 0 (bytes 0 to 535)`.
+pub fn place(place: &Place) -> String {
+    format!("{}, chunk {} (bytes {} to {})", place.document, place.chunk, place.start, place.end)
+}
+
+/// A text on one line, not longer than so many characters.
+pub fn one_line(text: &str, most: usize) -> String {
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    match line.char_indices().nth(most) {
+        Some((end, _)) => format!("{} ...", &line[..end]),
+        None => line,
+    }
 }
 
 /// `1234567` as `1,234,567`.

@@ -9,11 +9,11 @@ use clap::Args;
 use serde::Serialize;
 
 use super::options::{self, BankArg, EmbedderArg};
+use super::reading::open_embedder;
 use super::{Global, Outcome, output};
-use crate::bank::{Bank, BankError, Manifest};
-use crate::embed::{self, TextEmbedder};
+use crate::bank::Bank;
+use crate::embed::TextEmbedder;
 use crate::memory::RecordId;
-use crate::model::{DType, Device};
 use crate::read::{Place, Provenance};
 
 /// Queries that are embedded together.
@@ -91,19 +91,6 @@ pub fn run(global: &Global, args: &SearchArgs) -> anyhow::Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-/// Opens the text encoder and refuses one that did not make the bank's vectors.
-pub(super) fn open_embedder(bank: &Bank, dir: &Path) -> anyhow::Result<Box<dyn TextEmbedder>> {
-    // Questions meet vectors that were made in the same number format.
-    let dtype = bank.manifest().embedder.get("dtype").map_or(Ok(DType::F32), str::parse)?;
-    let embedder = embed::open(dir, Device::Cpu, dtype)?;
-    let differences = bank.manifest().embedder.differences_of("embedder", embedder.fingerprint());
-    if differences.is_empty() {
-        return Ok(embedder);
-    }
-    Err(BankError::Fingerprint { path: Manifest::path(bank.dir()), differences })
-        .with_context(|| format!("{}: not the text encoder of this bank; name that with --embedder", dir.display()))
-}
-
 fn search(bank: &Bank, embedder: &dyn TextEmbedder, queries: &[String], k: usize) -> anyhow::Result<Vec<Found>> {
     if queries.is_empty() {
         return Ok(Vec::new());
@@ -119,11 +106,6 @@ fn search(bank: &Bank, embedder: &dyn TextEmbedder, queries: &[String], k: usize
         Ok(Found { query: query.clone(), hits: hits.collect::<anyhow::Result<_>>()? })
     });
     found.collect()
-}
-
-/// For people: `islands/veyra.md, chunk 0`.
-pub(super) fn place_text(place: &Place) -> String {
-    format!("{}, chunk {} (bytes {} to {})", place.document, place.chunk, place.start, place.end)
 }
 
 /// The queries of a file, one a line; a line that begins with `{` is JSON.
@@ -162,19 +144,10 @@ impl Found {
             text += "  nothing found\n";
         }
         for hit in &self.hits {
-            let places: Vec<String> = hit.documents.iter().map(place_text).collect();
+            let places: Vec<String> = hit.documents.iter().map(output::place).collect();
             text += &format!("{:>3}. {:.4}  record {}  {}\n", hit.rank, hit.score, hit.record, places.join("; "));
-            text += &format!("     {}\n", preview(&hit.text));
+            text += &format!("     {}\n", output::one_line(&hit.text, PREVIEW));
         }
         text
-    }
-}
-
-/// One line, not too long.
-fn preview(text: &str) -> String {
-    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
-    match line.char_indices().nth(PREVIEW) {
-        Some((end, _)) => format!("{} ...", &line[..end]),
-        None => line,
     }
 }

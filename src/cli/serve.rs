@@ -6,9 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use clap::Args;
 
-use super::generate;
 use super::options::{self, BankArg, EmbedderArg, ModelArg};
-use super::search::open_embedder;
+use super::reading::{load_model, open_embedder};
 use super::{Global, Outcome, output};
 use crate::config::{ByteSize, Config, ServeConfig};
 use crate::corpus::Chunker;
@@ -101,7 +100,7 @@ pub fn run(global: &Global, args: &ServeArgs) -> anyhow::Result<Outcome> {
     anyhow::ensure!(before + 1 < most, "{}: {field} = {most} leaves no room behind the memories", dir.display());
     config.serve.max_context = config.serve.max_context.min(most - before);
     let dtype: DType = config.model.dtype.parse()?;
-    let model = generate::load(&dir, &chunker, reader.bank(), dtype, before + config.serve.max_context)?;
+    let model = load_model(Some(reader.bank()), &dir, &chunker, dtype, before + config.serve.max_context)?;
     let parts = Parts { model, chunker, model_dir: dir, embedder, reader, token };
     let is_json = global.json;
     let server = Server::new(parts, config.serve)?;

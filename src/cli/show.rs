@@ -8,7 +8,6 @@ use clap::Args;
 use serde::Serialize;
 
 use super::options::{self, BankArg, ModelArg};
-use super::search;
 use super::{Global, Outcome, output};
 use crate::bank::Bank;
 use crate::corpus::Chunker;
@@ -152,7 +151,7 @@ impl Shown {
     fn text(&self, color: bool) -> String {
         let mut text = format!("record {}, {} tokens, content {}\n", self.record, self.tokens.len(), self.content);
         for place in &self.documents {
-            let _ = writeln!(text, "  in {}", search::place_text(place));
+            let _ = writeln!(text, "  in {}", output::place(place));
         }
         let heads: usize = self.layers.iter().map(|layer| layer.heads.len()).sum();
         let _ = writeln!(text, "\nkept by any of {heads} heads:");

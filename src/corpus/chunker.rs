@@ -112,6 +112,14 @@ impl Chunker {
         split(text, &tokens, self.chunk_tokens, |piece| self.encoder.encode(piece))
     }
 
+    /// The tokens of a text, uncut and without BOS.
+    ///
+    /// # Errors
+    /// The tokenizer fails.
+    pub fn tokens(&self, text: &str) -> Result<Vec<u32>, CorpusError> {
+        Ok(self.encoder.encode(text)?.ids)
+    }
+
     /// [`Chunker::chunk`] of many texts on all of rayon's threads; results in the order of the texts.
     pub fn chunk_batch<T: AsRef<str> + Sync>(&self, texts: &[T]) -> Vec<Result<Vec<Chunk>, CorpusError>> {
         // One text at a time: lengths differ by orders of magnitude.

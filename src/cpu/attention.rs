@@ -1,12 +1,13 @@
 //! Attention of one key-value head.
 //!
-//! In: keys, values and queries of one head, as rows. Out: a row for each query. Groups of queries that fit a register
-//! block pass through one after the other: logits with the keys that the group sees, exponentials, weighted sums of
-//! values, shares of the total. What lies between stays in the first cache. In bf16 keys, values, queries and exponentials
-//! are rounded when they are multiplied; sums and exponentials are f32. A query's result depends on it and the keys that
-//! it sees alone; which levels give the same bits is said in `product.rs`.
+//! In: keys, values and queries of one head, as rows. Out: a row for each query. Keys and values are packed once, and more can
+//! be put behind them. Groups of queries that fit a register block pass through one after the other: logits with the keys
+//! that the group sees, exponentials, weighted sums of values, shares of the total. What lies between stays in the first
+//! cache. In bf16 keys, values, queries and exponentials are rounded when they are multiplied; sums and exponentials are
+//! f32. Always holds: a query's result depends on it and the keys that it sees alone, not on how they came to be packed;
+//! which levels give the same bits is said in `product.rs`.
 
-use super::product::{self, Cells, Format, Level, Line, PackedRows, Rows, Tiles};
+use super::product::{self, Cells, Format, Level, Line, PackedRows, Rows, TILE, Tiles};
 
 /// Which keys a query sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,42 +21,64 @@ pub enum Mask {
     },
 }
 
-/// Keys and values of one key-value head, packed; filled again for the next.
-#[derive(Debug)]
+/// Keys and values of one key-value head, packed.
+#[derive(Clone, Debug)]
 pub struct Keys {
     format: Format,
     level: Level,
     count: usize,
-    dim: usize,
+    /// Widths of a key and of a value.
+    dims: [usize; 2],
     keys: Tiles,
     values: Tiles,
+    /// What is added to the logits of the first keys before they are scaled.
+    bias: Vec<Line<f32>>,
+}
+
+/// What a thread needs for queries to attend.
+#[derive(Debug)]
+pub struct Room {
     queries: PackedRows,
-    room: Room,
+    buffers: Buffers,
+}
+
+/// Buffers of the kernel, for one group of queries.
+#[derive(Debug, Default)]
+pub(super) struct Buffers {
+    /// `[row][tile of keys]`
+    pub(super) logits: Vec<Line<f32>>,
+    /// Exponentials as packed rows, `[step / CELLS][row]`.
+    pub(super) weights: Vec<Cells>,
+    /// `[row][tile of width]`
+    pub(super) found: Vec<Line<f32>>,
 }
 
 /// One call of the kernel in `product/levels.rs`.
 pub(super) struct Attend<'a> {
     pub(super) keys: &'a Tiles,
     pub(super) values: &'a Tiles,
+    pub(super) bias: &'a [Line<f32>],
     pub(super) queries: &'a PackedRows,
     /// Keys.
     pub(super) count: usize,
-    pub(super) dim: usize,
+    /// Width of a value.
+    pub(super) width: usize,
     pub(super) scale: f32,
     pub(super) mask: Mask,
     /// Floats from one row of the result to the next.
     pub(super) stride: usize,
 }
 
-/// Buffers of the kernel, for one group of queries.
-#[derive(Debug, Default)]
-pub(super) struct Room {
-    /// `[row][tile of keys]`
-    pub(super) logits: Vec<Line<f32>>,
-    /// Exponentials as packed rows, `[step / CELLS][row]`.
-    pub(super) weights: Vec<Cells>,
-    /// `[row][tile of dim]`
-    pub(super) found: Vec<Line<f32>>,
+impl Room {
+    /// For queries of one format.
+    pub fn new(format: Format) -> Self {
+        Self::at_level(format, Level::detect(format))
+    }
+
+    fn at_level(format: Format, level: Level) -> Self {
+        let queries = PackedRows::at_level(format, level);
+        Self { queries, buffers: Buffers::default() }
+    }
 }
 
 impl Keys {
@@ -65,11 +88,22 @@ impl Keys {
     }
 
     fn at_level(format: Format, level: Level) -> Self {
-        let (keys, values, queries) = (Tiles::default(), Tiles::default(), PackedRows::at_level(format, level));
-        Self { format, level, count: 0, dim: 0, keys, values, queries, room: Room::default() }
+        let (keys, values) = (Tiles::default(), Tiles::default());
+        Self { format, level, count: 0, dims: [0; 2], keys, values, bias: Vec::new() }
     }
 
-    /// Packs `count` keys and values of width `dim`, given row by row, instead of those that it holds.
+    /// Keys that are held.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Keeps the first `count` keys, without a bias.
+    pub fn truncate(&mut self, count: usize) {
+        self.count = self.count.min(count);
+        self.bias.clear();
+    }
+
+    /// Packs `count` keys and values, of width `dim`, given row by row, instead of those that are held.
     pub fn fill<'a>(
         &mut self,
         count: usize,
@@ -77,28 +111,52 @@ impl Keys {
         key: impl Fn(usize) -> &'a [f32],
         value: impl Fn(usize) -> &'a [f32],
     ) {
-        (self.count, self.dim) = (count, dim);
-        self.keys.columns((self.format, self.level), count, dim, &key);
-        self.values.steps((self.format, self.level), count, dim, &value);
+        self.truncate(0);
+        self.extend(count, [dim; 2], key, value);
     }
 
-    /// What `count` queries, whose logits are multiplied by `scale`, find: row i goes to `out[i * stride..][..dim]`.
+    /// Packs further keys and values, of widths `dims`, until there are `count`. Rows that are held may be asked for again.
+    pub fn extend<'a>(
+        &mut self,
+        count: usize,
+        dims: [usize; 2],
+        key: impl Fn(usize) -> &'a [f32],
+        value: impl Fn(usize) -> &'a [f32],
+    ) {
+        let new = self.count.min(count)..count;
+        self.keys.columns((self.format, self.level), new.clone(), dims[0], &key);
+        self.values.steps((self.format, self.level), new, dims[1], &value);
+        (self.count, self.dims) = (count, dims);
+    }
+
+    /// Adds `biases` to the logits of the first keys, before they are scaled, instead of those set before.
+    pub fn set_bias(&mut self, biases: &[f32]) {
+        let lines = biases.chunks(TILE).map(|part| {
+            let mut line = Line([0.0; TILE]);
+            line.0[..part.len()].copy_from_slice(part);
+            line
+        });
+        self.bias = lines.collect();
+    }
+
+    /// What `count` queries, whose logits are multiplied by `scale`, find: row i goes to `out[i * stride..][..width]`.
     ///
     /// # Panics
     /// If there are no keys, fewer queries, or no room for the rows.
     pub fn attend(
-        &mut self,
-        queries: Rows<'_>,
-        count: usize,
+        &self,
+        room: &mut Room,
+        (queries, count): (Rows<'_>, usize),
         scale: f32,
         mask: Mask,
         (out, stride): (&mut [f32], usize),
     ) {
         assert!(self.count > 0, "attention needs keys");
-        self.queries.fill(queries, count, self.dim);
-        let Self { keys, values, queries, dim, .. } = self;
-        let task = Attend { keys, values, queries, count: self.count, dim: *dim, scale, mask, stride };
-        product::attend(&task, &mut self.room, out);
+        let (Self { keys, values, bias, dims: [depth, width], .. }, Room { queries: packed, buffers }) = (self, room);
+        packed.fill(queries, count, *depth);
+        let (count, width) = (self.count, *width);
+        let task = Attend { keys, values, bias, queries: packed, count, width, scale, mask, stride };
+        product::attend(&task, buffers, out);
     }
 }
 
@@ -116,18 +174,23 @@ mod tests {
 
     use super::*;
 
-    fn naive(q: &[f32], k: &[f32], v: &[f32], dim: usize, scale: f32, mask: Mask) -> Vec<f64> {
+    const SCALE: f32 = 0.5;
+
+    /// The definition; keys without a bias have 0.
+    fn naive(q: &[f32], (k, v): (&[f32], &[f32]), bias: &[f32], [dim, width]: [usize; 2], mask: Mask) -> Vec<f64> {
         let wide = |x: f32| f64::from(x);
         let rows = q.chunks_exact(dim).enumerate().flat_map(|(query, q)| {
             let seen = match mask {
                 Mask::None => k.len() / dim,
                 Mask::Causal { first } => first + query + 1,
             };
-            let logit = |k: &[f32]| q.iter().zip(k).map(|(a, b)| wide(*a) * wide(*b)).sum::<f64>() * wide(scale);
-            let weights: Vec<f64> = k.chunks_exact(dim).take(seen).map(|k| logit(k).exp()).collect();
+            let bias = bias.iter().chain(std::iter::repeat(&0.0));
+            let dot = |k: &[f32]| q.iter().zip(k).map(|(a, b)| wide(*a) * wide(*b)).sum::<f64>();
+            let weight = |(k, bias): (&[f32], &f32)| ((dot(k) + wide(*bias)) * wide(SCALE)).exp();
+            let weights: Vec<f64> = k.chunks_exact(dim).zip(bias).take(seen).map(weight).collect();
             let total: f64 = weights.iter().sum();
-            (0..dim)
-                .map(|at| weights.iter().zip(v.chunks_exact(dim)).map(|(w, v)| w * wide(v[at])).sum::<f64>() / total)
+            (0..width)
+                .map(|at| weights.iter().zip(v.chunks_exact(width)).map(|(w, v)| w * wide(v[at])).sum::<f64>() / total)
                 .collect::<Vec<_>>()
         });
         rows.collect()
@@ -137,27 +200,37 @@ mod tests {
         #[test]
         fn attention_is_the_naive_one(
             dim in 1..20_usize,
+            width in 1..20_usize,
             first in 0..5_usize,
             count in 1..40_usize,
             causal in any::<bool>(),
+            biased in 0..44_usize,
             numbers in prop::collection::vec(-2.0..2.0_f32, 3 * 45 * 20),
         ) {
             let keys = first + count;
             let (k, rest) = numbers.split_at(keys * dim);
-            let (v, q) = rest.split_at(keys * dim);
+            let (v, q) = rest.split_at(keys * width);
             let q = &q[..count * dim];
+            // Not the first: a query must see something.
+            let bias: Vec<f32> =
+                (1..biased.min(keys)).map(|i| if i % 3 == 0 { f32::NEG_INFINITY } else { numbers[i] }).collect();
+            let bias: Vec<f32> = [0.0].into_iter().chain(bias).collect();
             let mask = if causal { Mask::Causal { first } } else { Mask::None };
-            let expected = naive(q, k, v, dim, 0.5, mask);
+            let expected = naive(q, (k, v), &bias, [dim, width], mask);
             for (format, tolerance) in [(Format::F32, 1e-5), (Format::Bf16, 0.05)] {
                 let mut first = None;
                 for level in Level::available(format) {
                     let mut packed = Keys::at_level(format, level);
                     // What an earlier head left must not show.
                     packed.fill(keys + 40, dim, |_| &[f32::NAN; 20][..dim], |_| &[f32::NAN; 20][..dim]);
-                    packed.fill(keys, dim, |at| &k[at * dim..][..dim], |at| &v[at * dim..][..dim]);
-                    let mut out = vec![f32::NAN; count * (dim + 3)];
-                    packed.attend(Rows { data: q, stride: dim }, count, 0.5, mask, (&mut out, dim + 3));
-                    let found: Vec<f32> = out.chunks(dim + 3).flat_map(|row| &row[..dim]).copied().collect();
+                    packed.set_bias(&[f32::NAN; 40]);
+                    packed.truncate(0);
+                    packed.extend(keys, [dim, width], |at| &k[at * dim..][..dim], |at| &v[at * width..][..width]);
+                    packed.set_bias(&bias);
+                    let mut out = vec![f32::NAN; count * (width + 3)];
+                    let mut room = Room::at_level(format, level);
+                    packed.attend(&mut room, (Rows { data: q, stride: dim }, count), SCALE, mask, (&mut out, width + 3));
+                    let found: Vec<f32> = out.chunks(width + 3).flat_map(|row| &row[..width]).copied().collect();
                     for (found, expected) in found.iter().zip(&expected) {
                         let error = (f64::from(*found) - expected).abs();
                         prop_assert!(error < tolerance, "{format:?} {level:?}: {found} {expected}");
@@ -179,11 +252,12 @@ mod tests {
             let (k, rest) = numbers.split_at(40 * 40);
             let (v, q) = rest.split_at(40 * 40);
             for format in [Format::F32, Format::Bf16] {
-                let mut keys = Keys::new(format);
+                let (mut keys, mut room) = (Keys::new(format), Room::new(format));
                 let mut attend = |seen: usize, queries: &[f32], mask| {
                     keys.fill(seen, dim, |at| &k[at * dim..][..dim], |at| &v[at * dim..][..dim]);
                     let mut out = vec![f32::NAN; queries.len()];
-                    keys.attend(Rows { data: queries, stride: dim }, queries.len() / dim, 0.5, mask, (&mut out, dim));
+                    let rows = (Rows { data: queries, stride: dim }, queries.len() / dim);
+                    keys.attend(&mut room, rows, SCALE, mask, (&mut out, dim));
                     out
                 };
                 let together = attend(count, &q[..count * dim], Mask::Causal { first: 0 });
@@ -191,6 +265,42 @@ mod tests {
                     // Keys that it does not see need not be there either.
                     prop_assert_eq!(&attend(at + 1, &q[at * dim..][..dim], Mask::None), together);
                 }
+            }
+        }
+
+        #[test]
+        fn keys_that_come_one_behind_the_other_are_those_that_come_at_once(
+            dim in 1..40_usize,
+            cuts in prop::collection::vec(1..90_usize, 1..6),
+            kept in 0..90_usize,
+            numbers in prop::collection::vec(-2.0..2.0_f32, 40 * 90),
+        ) {
+            let row = |at: usize| &numbers[at * dim..][..dim];
+            let count = cuts[cuts.len() - 1];
+            for (format, level) in [Format::F32, Format::Bf16]
+                .into_iter()
+                .flat_map(|format| Level::available(format).map(move |level| (format, level)))
+            {
+                let mut room = Room::at_level(format, level);
+                let mut find = |keys: &Keys| {
+                    let mut out = vec![f32::NAN; count * dim];
+                    let rows = (Rows { data: &numbers, stride: dim }, count);
+                    keys.attend(&mut room, rows, SCALE, Mask::Causal { first: 0 }, (&mut out, dim));
+                    out
+                };
+                let mut keys = Keys::at_level(format, level);
+                keys.fill(90, dim, |_| &[f32::NAN; 40][..dim], |_| &[f32::NAN; 40][..dim]);
+                keys.truncate(0);
+                cuts.iter().for_each(|&count| {
+                    keys.truncate(count);
+                    keys.extend(count, [dim; 2], row, row);
+                });
+                // Some are taken off and put on again.
+                keys.truncate(kept);
+                keys.extend(count, [dim; 2], row, row);
+                let mut whole = Keys::at_level(format, level);
+                whole.fill(count, dim, row, row);
+                prop_assert_eq!(find(&keys), find(&whole), "{:?} {:?}", format, level);
             }
         }
     }

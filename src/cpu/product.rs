@@ -1,7 +1,8 @@
 //! Linear layers on the CPU: rows of f32 times a weight matrix that was packed once, in f32 or in bf16.
 //!
 //! In: rows `[m][k]` of f32 and a [`PackedMatrix`] made from weights `[n][k]`, as checkpoints store them. Out: `[m][n]`
-//! of f32, or `silu(gate) * up` of two such products that were packed together. One call runs on the calling thread.
+//! of f32, or `silu(gate) * up` of two such products that were packed together. A call runs on the calling thread, or on
+//! all of rayon's (`spread.rs`).
 //!
 //! Always holds: a row's result depends on that row and the matrix alone. Each sum starts at the bias and takes its `k`
 //! terms in order, one at a time, whatever stands beside it, so neither the number of rows nor their order can change
@@ -23,12 +24,13 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 mod levels;
+mod spread;
 
 #[cfg(target_arch = "x86_64")]
 use levels::{avx2, avx512};
 use levels::{cells_of_bf16, cells_of_f32, padded, portable};
 
-use super::attention::{Attend, Room, grown};
+use super::attention::{Attend, Buffers, grown};
 
 /// Columns in a tile. Every level's register block divides it.
 pub(crate) const TILE: usize = 32;
@@ -201,14 +203,23 @@ impl PackedRows {
     /// # Panics
     /// If there are fewer rows, or they are shorter.
     pub fn fill(&mut self, rows: Rows<'_>, count: usize, depth: usize) -> &Self {
-        (self.count, self.depth) = (count, depth);
-        at_level!(self.format, self.level, pack(rows, self));
+        self.prepare(count, depth);
+        for group in 0..self.groups() {
+            let (range, level) = (self.range(group), (self.format, self.level));
+            pack_group(level, rows, range, depth, self.group_mut(group));
+        }
         self
+    }
+
+    /// Makes room for `count` rows of length `depth`.
+    fn prepare(&mut self, count: usize, depth: usize) {
+        (self.count, self.depth) = (count, depth);
+        at_level!(self.format, self.level, prepare(self));
     }
 
     /// Makes room for the rows. The buffer never shrinks, for growing again would fill it again.
     fn resize(&mut self) {
-        let len = self.groups() * self.blocks() * self.rows_in_group;
+        let len = self.groups() * self.group_len();
         grown(&mut self.cells, len, Cells([0; CELLS]));
     }
 
@@ -228,27 +239,43 @@ impl PackedRows {
         group * self.count / groups..(group + 1) * self.count / groups
     }
 
+    /// Cells of a group.
+    fn group_len(&self) -> usize {
+        self.blocks() * self.rows_in_group
+    }
+
     fn group(&self, group: usize) -> &[Cells] {
-        let len = self.blocks() * self.rows_in_group;
+        let len = self.group_len();
         &self.cells[group * len..][..len]
     }
 
     fn group_mut(&mut self, group: usize) -> &mut [Cells] {
-        let len = self.blocks() * self.rows_in_group;
+        let len = self.group_len();
         &mut self.cells[group * len..][..len]
     }
 }
 
+/// Packs the rows of a group.
+fn pack_group(
+    (format, level): (Format, Level),
+    rows: Rows<'_>,
+    range: Range<usize>,
+    depth: usize,
+    cells: &mut [Cells],
+) {
+    at_level!(format, level, pack(rows, range, depth, cells));
+}
+
 /// Where a product goes.
 enum Sink<'a> {
-    /// `[row][column]`; the group at hand begins at `first_row`.
-    Rows { out: &'a mut [f32], first_row: usize },
+    /// Row i, column j go to `out[i * stride + j - origin]`; the group at hand begins at `first_row`.
+    Rows { out: &'a mut [f32], stride: usize, origin: usize, first_row: usize },
     /// Packed again, for the next product.
     Packed(&'a mut PackedRows),
 }
 
 /// Keys or values of one head, as the other side of a product: `[tile][step]`.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Tiles {
     steps: usize,
     values: Vec<Line<u32>>,
@@ -261,26 +288,42 @@ impl Tiles {
         &mut self.values
     }
 
-    /// Packs rows as columns: products are those with each row.
+    /// Makes room for `steps` in each of `tiles`, of which the first `kept` stay what they are.
+    fn lengthen(&mut self, tiles: usize, kept: usize, steps: usize) {
+        if kept == 0 {
+            self.steps = steps;
+            self.resize(tiles);
+        } else if steps > self.steps {
+            // Seldom, as tiles that grow do so again and again.
+            let (before, after) = (self.steps, steps.max(2 * self.steps));
+            self.steps = after;
+            self.resize(tiles);
+            for tile in (1..tiles).rev() {
+                self.values.copy_within(tile * before..tile * before + kept, tile * after);
+            }
+        }
+    }
+
+    /// Packs rows `new` as columns, behind those before: products are those with each row.
     pub(crate) fn columns<'a>(
         &mut self,
         (format, level): (Format, Level),
-        count: usize,
+        new: Range<usize>,
         depth: usize,
         row: &dyn Fn(usize) -> &'a [f32],
     ) {
-        at_level!(format, level, pack_columns(count, depth, row, self));
+        at_level!(format, level, pack_columns(new, depth, row, self));
     }
 
-    /// Packs rows as steps: products are weighted sums of the rows.
+    /// Packs rows `new` as steps, behind those before: products are weighted sums of the rows.
     pub(super) fn steps<'a>(
         &mut self,
         (format, level): (Format, Level),
-        count: usize,
+        new: Range<usize>,
         width: usize,
         row: &dyn Fn(usize) -> &'a [f32],
     ) {
-        at_level!(format, level, pack_steps(count, width, row, self));
+        at_level!(format, level, pack_steps(new, width, row, self));
     }
 
     /// Products of a group of rows with the first columns: `[row][tile]`, as many tiles as asked for.
@@ -290,8 +333,8 @@ impl Tiles {
 }
 
 /// Runs [`Attend`] at the level of its queries.
-pub(super) fn attend(task: &Attend<'_>, room: &mut Room, out: &mut [f32]) {
-    at_level!(task.queries.format, task.queries.level, attend(task, room, out));
+pub(super) fn attend(task: &Attend<'_>, buffers: &mut Buffers, out: &mut [f32]) {
+    at_level!(task.queries.format, task.queries.level, attend(task, buffers, out));
 }
 
 /// Steps of a row: one value, or two, each.
@@ -416,7 +459,8 @@ impl PackedMatrix {
     /// If the rows have another format or length, or `out` has not as many.
     pub fn multiply_packed(&self, rows: &PackedRows, out: &mut [f32]) {
         assert_eq!(out.len(), rows.count * self.columns, "out must be [rows][columns]");
-        self.multiply_to(rows, Sink::Rows { out, first_row: 0 });
+        let (groups, stride) = (0..rows.groups(), self.columns);
+        self.multiply_to(rows, groups, 0..self.tiles(), Sink::Rows { out, stride, origin: 0, first_row: 0 });
     }
 
     /// Multiplies packed rows and packs the result.
@@ -425,18 +469,24 @@ impl PackedMatrix {
     /// If the rows have another format or length.
     pub fn multiply_into(&self, rows: &PackedRows, out: &mut PackedRows) {
         (out.format, out.level, out.count, out.depth) = (rows.format, rows.level, rows.count, self.columns);
-        self.multiply_to(rows, Sink::Packed(out));
+        self.multiply_to(rows, 0..rows.groups(), 0..self.tiles(), Sink::Packed(out));
     }
 
-    fn multiply_to(&self, rows: &PackedRows, mut sink: Sink<'_>) {
+    /// Tiles of columns.
+    fn tiles(&self) -> usize {
+        self.bias.len()
+    }
+
+    /// Multiplies `groups` of the rows by `tiles` of the matrix.
+    fn multiply_to(&self, rows: &PackedRows, groups: Range<usize>, tiles: Range<usize>, mut sink: Sink<'_>) {
         let (held, taken) = ((rows.format, rows.level, rows.depth), (self.format, self.level, self.depth));
         assert_eq!(held, taken, "rows are packed for another matrix");
-        let (groups, at_once) = (rows.groups(), BLOCK / rows.rows_in_group);
+        let at_once = BLOCK / rows.rows_in_group;
         SUMS.with_borrow_mut(|sums| {
             let sums = grown(sums, rows.count, Line([0.0; TILE]));
-            for first in (0..groups).step_by(at_once) {
-                let groups = first..groups.min(first + at_once);
-                at_level!(self.format, self.level, multiply(self, rows, groups, &mut sink, sums));
+            for first in groups.clone().step_by(at_once) {
+                let part = (first..groups.end.min(first + at_once), tiles.clone());
+                at_level!(self.format, self.level, multiply(self, rows, part, &mut sink, sums));
             }
         });
     }

@@ -11,7 +11,7 @@ use super::error::EmbedError;
 use super::tokens::TextTokens;
 use super::weights::Weights;
 use crate::cpu::attention::{Mask, grown};
-use crate::cpu::{Format, Keys, PackedMatrix, PackedRows, Rows, math};
+use crate::cpu::{Format, Keys, PackedMatrix, PackedRows, Room, Rows, math};
 
 /// A loaded encoder.
 pub(super) struct CpuEncoder {
@@ -57,6 +57,7 @@ struct Scratch {
     /// The same between the two products of an MLP.
     inner: PackedRows,
     keys: Keys,
+    room: Room,
 }
 
 impl Scratch {
@@ -69,6 +70,7 @@ impl Scratch {
             packed: PackedRows::new(format),
             inner: PackedRows::new(format),
             keys: Keys::new(format),
+            room: Room::new(format),
         }
     }
 }
@@ -125,7 +127,7 @@ impl CpuEncoder {
             // A tokenizer without special tokens gives an empty text none.
             return pooled.fill(0.0);
         }
-        let Scratch { x, added, query_key_value, attended, packed, inner, keys } = scratch;
+        let Scratch { x, added, query_key_value, attended, packed, inner, keys, room } = scratch;
         let [x, added, attended] = [x, added, attended].map(|buffer| grown(buffer, m * dim, 0.0));
         let query_key_value = grown(query_key_value, m * 3 * dim, 0.0);
 
@@ -146,7 +148,7 @@ impl CpuEncoder {
             let queries = if first_only { 1 } else { m };
             packed.fill(Rows { data: x, stride: dim }, m, dim);
             layer.query_key_value.multiply_packed(packed, query_key_value);
-            self.attend(query_key_value, m, queries, keys, attended);
+            self.attend(query_key_value, (m, queries), (keys, room), attended);
             let (x, added) = (&mut x[..queries * dim], &mut added[..queries * dim]);
             packed.fill(Rows { data: attended, stride: dim }, queries, dim);
             layer.attention_output.multiply_packed(packed, added);
@@ -170,13 +172,19 @@ impl CpuEncoder {
     }
 
     /// Attention of the first `queries` tokens over all `m`: `[token][head][dim]`.
-    fn attend(&self, query_key_value: &[f32], m: usize, queries: usize, keys: &mut Keys, attended: &mut [f32]) {
+    fn attend(
+        &self,
+        query_key_value: &[f32],
+        (m, queries): (usize, usize),
+        (keys, room): (&mut Keys, &mut Room),
+        attended: &mut [f32],
+    ) {
         let (dim, head_dim) = (self.dim, self.dim / self.heads);
         for head in 0..self.heads {
             let part = |part: usize, at: usize| &query_key_value[(at * 3 + part) * dim + head * head_dim..][..head_dim];
             keys.fill(m, head_dim, |at| part(1, at), |at| part(2, at));
             let rows = Rows { data: &query_key_value[head * head_dim..], stride: 3 * dim };
-            keys.attend(rows, queries, 1.0, Mask::None, (&mut attended[head * head_dim..], dim));
+            keys.attend(room, (rows, queries), 1.0, Mask::None, (&mut attended[head * head_dim..], dim));
         }
     }
 }

@@ -188,6 +188,17 @@ impl ModelConfig {
         self.num_attention_heads / self.num_key_value_heads
     }
 
+    /// The query heads that share this one.
+    pub fn heads_of(&self, kv_head: usize) -> std::ops::Range<usize> {
+        kv_head * self.group()..(kv_head + 1) * self.group()
+    }
+
+    /// What logits of attention are multiplied by.
+    #[allow(clippy::cast_precision_loss)] // head sizes are far below 2^24
+    pub fn scale(&self) -> f32 {
+        1.0 / (self.head_dim as f32).sqrt()
+    }
+
     /// Parameters that the writing side loads when `last` is the last memory layer: the embedding table, all of the
     /// layers below, and of `last` its norm and its q, k, v. Lets a caller judge the memory before loading anything.
     pub fn writing_parameters(&self, last: usize) -> u64 {

@@ -5,7 +5,7 @@
 //! What is attended to is the caller's business: it gets rotated queries, keys and values. Norms, RoPE, softmax and residual
 //! are f32 whatever is multiplied in bf16. Always holds: a row's result depends on it and the keys it sees alone.
 
-use std::cell::RefCell;
+use std::cell::Cell;
 
 use super::DType;
 use super::config::ModelConfig;
@@ -13,7 +13,7 @@ use super::error::ModelError;
 use super::rope::RopeTable;
 use super::weights::WeightReader;
 use crate::cpu::attention::{Mask, grown};
-use crate::cpu::{Format, Keys, PackedMatrix, PackedRows, Rows, math};
+use crate::cpu::{Format, Keys, PackedMatrix, PackedRows, Room, Rows, Threads, math};
 
 /// Queries, keys and values of one layer and chunk. All `[token][head][dim]`, k and v of the key-value heads.
 #[derive(Clone, Copy, Debug)]
@@ -75,6 +75,7 @@ struct Scratch {
     /// The same of `down_proj`.
     inner: PackedRows,
     keys: Keys,
+    room: Room,
 }
 
 impl Scratch {
@@ -94,18 +95,20 @@ impl Scratch {
             packed: PackedRows::new(format),
             inner: PackedRows::new(format),
             keys: Keys::new(format),
+            room: Room::new(format),
         }
     }
 }
 
 thread_local! {
-    /// For f32 and for bf16.
-    static SCRATCH: [RefCell<Scratch>; 2] = [Format::F32, Format::Bf16].map(|format| RefCell::new(Scratch::new(format)));
+    /// For f32 and for bf16. Taken while a pass runs: a thread that waits for the others may begin another pass.
+    static SCRATCH: [Cell<Option<Box<Scratch>>>; 2] = const { [Cell::new(None), Cell::new(None)] };
 }
 
 /// Rows on their way through the layers.
 pub(crate) struct Pass<'a> {
     config: &'a ModelConfig,
+    threads: Threads,
     rows: usize,
     eps: f32,
     /// Whether `added` is still to be added to `x`.
@@ -123,6 +126,7 @@ pub(crate) struct Pass<'a> {
     packed: &'a mut PackedRows,
     inner: &'a mut PackedRows,
     keys: &'a mut Keys,
+    room: &'a mut Room,
 }
 
 /// What attention gets: all rows of the pass, and where its result goes. `[row][head][dim]`.
@@ -133,8 +137,8 @@ pub(crate) struct Attending<'a> {
     pub(crate) k: &'a [f32],
     /// Values.
     pub(crate) v: &'a [f32],
-    /// Room for packed keys.
-    pub(crate) keys: &'a mut Keys,
+    /// To pack keys, and to attend to them, on the calling thread.
+    pub(crate) keys: (&'a mut Keys, &'a mut Room),
     /// The result, as `q`.
     pub(crate) attended: &'a mut [f32],
 }
@@ -143,46 +147,59 @@ impl Pass<'_> {
     /// Embeds tokens and hands the pass to `work`, in buffers that the thread keeps.
     pub(crate) fn run<T>(
         config: &ModelConfig,
-        format: Format,
+        (format, threads): (Format, Threads),
         embed_tokens: &[f32],
         tokens: &[u32],
         work: impl FnOnce(Pass<'_>) -> T,
     ) -> T {
-        SCRATCH.with(|scratch| {
-            let scratch = &mut *scratch[usize::from(format == Format::Bf16)].borrow_mut();
-            let (rows, d) = (tokens.len(), config.hidden_size);
-            let widths = [config.num_attention_heads, config.num_key_value_heads].map(|heads| heads * config.head_dim);
-            let Scratch { x, normed, added, q, k, k_rotated, v, attended, gate, up, packed, inner, keys } = scratch;
-            let [x, normed, added] = [x, normed, added].map(|buffer| grown(buffer, rows * d, 0.0));
-            let [q, attended] = [q, attended].map(|buffer| grown(buffer, rows * widths[0], 0.0));
-            let [k, k_rotated, v] = [k, k_rotated, v].map(|buffer| grown(buffer, rows * widths[1], 0.0));
-            // [row] -> [row, d]
-            for (row, &token) in x.chunks_exact_mut(d).zip(tokens) {
-                row.copy_from_slice(&embed_tokens[token as usize * d..][..d]);
-            }
-            #[allow(clippy::cast_possible_truncation)] // the arithmetic is f32
-            let eps = config.rms_norm_eps as f32;
-            let residual = false;
-            work(Pass {
-                config,
-                rows,
-                eps,
-                residual,
-                x,
-                normed,
-                added,
-                q,
-                k,
-                k_rotated,
-                v,
-                attended,
-                gate,
-                up,
-                packed,
-                inner,
-                keys,
-            })
-        })
+        let place = usize::from(format == Format::Bf16);
+        let mut scratch = SCRATCH.with(|kept| kept[place].take()).unwrap_or_else(|| Box::new(Scratch::new(format)));
+        let found = work(Pass::new(config, threads, &mut scratch, embed_tokens, tokens));
+        SCRATCH.with(|kept| kept[place].set(Some(scratch)));
+        found
+    }
+
+    fn new<'a>(
+        config: &'a ModelConfig,
+        threads: Threads,
+        scratch: &'a mut Scratch,
+        embed_tokens: &[f32],
+        tokens: &[u32],
+    ) -> Pass<'a> {
+        let (rows, d) = (tokens.len(), config.hidden_size);
+        let widths = [config.num_attention_heads, config.num_key_value_heads].map(|heads| heads * config.head_dim);
+        let Scratch { x, normed, added, q, k, k_rotated, v, attended, gate, up, packed, inner, keys, room } = scratch;
+        let [x, normed, added] = [x, normed, added].map(|buffer| grown(buffer, rows * d, 0.0));
+        let [q, attended] = [q, attended].map(|buffer| grown(buffer, rows * widths[0], 0.0));
+        let [k, k_rotated, v] = [k, k_rotated, v].map(|buffer| grown(buffer, rows * widths[1], 0.0));
+        // [row] -> [row, d]
+        for (row, &token) in x.chunks_exact_mut(d).zip(tokens) {
+            row.copy_from_slice(&embed_tokens[token as usize * d..][..d]);
+        }
+        #[allow(clippy::cast_possible_truncation)] // the arithmetic is f32
+        let eps = config.rms_norm_eps as f32;
+        let residual = false;
+        Pass {
+            config,
+            threads,
+            rows,
+            eps,
+            residual,
+            x,
+            normed,
+            added,
+            q,
+            k,
+            k_rotated,
+            v,
+            attended,
+            gate,
+            up,
+            packed,
+            inner,
+            keys,
+            room,
+        }
     }
 
     /// One layer. `visit` sees the features before queries are rotated; `attend` writes what each row finds.
@@ -193,44 +210,59 @@ impl Pass<'_> {
         visit: impl FnOnce(Features<'_>),
         attend: impl FnOnce(Attending<'_>),
     ) {
-        let (rows, d, inner) = (self.rows, self.config.hidden_size, self.config.intermediate_size);
+        let (threads, rows, d) = (self.threads, self.rows, self.config.hidden_size);
         let width = self.config.num_attention_heads * self.config.head_dim;
         // 1. residual and norm, then q, k, v: [row, head, dim]
         self.project(&layer.attention, rope);
         visit(self.features());
         // 2. attention, output projection
-        rope.rotate(self.q, width, self.config.head_dim);
-        let Self { q, k_rotated, v, keys, attended, packed, added, x, normed, gate, up, inner: packed_inner, .. } =
-            self;
-        attend(Attending { q, k: k_rotated, v, keys, attended });
-        packed.fill(Rows { data: attended, stride: width }, rows, width);
-        layer.o_proj.multiply_packed(packed, added);
+        rope.rotate(threads, self.q, width, self.config.head_dim);
+        let Self { q, k_rotated, v, keys, room, attended, packed, added, .. } = self;
+        attend(Attending { q, k: k_rotated, v, keys: (keys, room), attended });
+        threads.pack(packed, Rows { data: attended, stride: width }, rows, width);
+        threads.multiply(&layer.o_proj, packed, added);
         // 3. residual and norm, MLP
-        math::rms_norm(x, Some(added), &layer.post_attention_layernorm, self.eps, normed);
-        packed.fill(Rows { data: normed, stride: d }, rows, d);
-        match &layer.mlp.gate_up {
-            GateUp::Gated(gate_up) => gate_up.multiply_into(packed, packed_inner),
+        self.residual = true;
+        self.norm(&layer.post_attention_layernorm);
+        threads.pack(self.packed, Rows { data: self.normed, stride: d }, rows, d);
+        self.gate(&layer.mlp.gate_up);
+        threads.multiply(&layer.mlp.down_proj, self.inner, self.added);
+        self.residual = true;
+    }
+
+    /// `silu(gate) * up` of the packed rows, packed again.
+    fn gate(&mut self, gate_up: &GateUp) {
+        let Self { threads, rows, packed, inner, gate, up, config, .. } = self;
+        let (threads, rows, width) = (*threads, *rows, config.intermediate_size);
+        if let (GateUp::Gated(gate_up), Threads::One) = (gate_up, threads) {
+            return gate_up.multiply_into(packed, inner);
+        }
+        let gate = grown(gate, rows * width, 0.0);
+        match gate_up {
+            GateUp::Gated(gate_up) => threads.multiply(gate_up, packed, gate),
             GateUp::Apart { gate_proj, up_proj } => {
-                let [gate, up] = [&mut **gate, &mut **up].map(|buffer| grown(buffer, rows * inner, 0.0));
-                gate_proj.multiply_packed(packed, gate);
-                up_proj.multiply_packed(packed, up);
-                math::silu_times(gate, up);
-                packed_inner.fill(Rows { data: gate, stride: inner }, rows, inner);
+                let up = grown(up, rows * width, 0.0);
+                threads.multiply(gate_proj, packed, gate);
+                threads.multiply(up_proj, packed, up);
+                threads.row_pairs((gate, up), width, |_, gate, up| math::silu_times(gate, up));
             }
         }
-        layer.mlp.down_proj.multiply_packed(packed_inner, added);
-        self.residual = true;
+        threads.pack(inner, Rows { data: gate, stride: width }, rows, width);
     }
 
     /// Residual and norm, then queries, keys (as they are, and rotated) and values.
     pub(crate) fn project(&mut self, attention: &CpuAttention, rope: &Rope<'_>) {
-        let (d, head_dim) = (self.config.hidden_size, self.config.head_dim);
+        let (threads, rows, d, head_dim) = (self.threads, self.rows, self.config.hidden_size, self.config.head_dim);
         self.norm(&attention.input_layernorm);
-        self.packed.fill(Rows { data: self.normed, stride: d }, self.rows, d);
-        let Self { packed, normed, q, k, v, k_rotated, .. } = self;
-        attention.project(packed, self.eps, normed, [&mut **q, &mut **k, &mut **v], head_dim);
+        threads.pack(self.packed, Rows { data: self.normed, stride: d }, rows, d);
+        let Self { packed, q, k, v, k_rotated, eps, .. } = self;
+        threads.multiply(&attention.q_proj, packed, q);
+        threads.multiply(&attention.k_proj, packed, k);
+        threads.multiply(&attention.v_proj, packed, v);
+        norm_heads(threads, q, attention.q_norm.as_deref(), *eps);
+        norm_heads(threads, k, attention.k_norm.as_deref(), *eps);
         k_rotated.copy_from_slice(k);
-        rope.rotate(k_rotated, self.config.num_key_value_heads * head_dim, head_dim);
+        rope.rotate(threads, k_rotated, self.config.num_key_value_heads * head_dim, head_dim);
     }
 
     /// What was projected last.
@@ -240,10 +272,27 @@ impl Pass<'_> {
 
     /// Residual and norm: `[row, d]`.
     pub(crate) fn norm(&mut self, gamma: &[f32]) -> &[f32] {
-        math::rms_norm(self.x, self.residual.then_some(&*self.added), gamma, self.eps, self.normed);
+        let (d, eps, added) = (gamma.len(), self.eps, self.residual.then_some(&*self.added));
+        self.threads.row_pairs((self.x, self.normed), d, |first, x, normed| {
+            let added = added.map(|added| &added[first * d..][..x.len()]);
+            math::rms_norm(x, added, gamma, eps, normed);
+        });
         self.residual = false;
         self.normed
     }
+}
+
+/// The norm that Qwen3 takes of each head, in place: `[row, head, dim]`.
+fn norm_heads(threads: Threads, x: &mut [f32], gamma: Option<&[f32]>, eps: f32) {
+    let Some(gamma) = gamma else { return };
+    threads.rows((x, gamma.len()), |_, heads| {
+        let mut room = vec![0.0; 16 * gamma.len()];
+        for heads in heads.chunks_mut(room.len()) {
+            let out = &mut room[..heads.len()];
+            math::rms_norm(heads, None, gamma, eps, out);
+            heads.copy_from_slice(out);
+        }
+    });
 }
 
 /// The kernels' name for a number format.
@@ -251,28 +300,6 @@ pub(crate) const fn format_of(dtype: DType) -> Format {
     match dtype {
         DType::F32 => Format::F32,
         DType::Bf16 => Format::Bf16,
-    }
-}
-
-impl CpuAttention {
-    /// Queries, keys and values of normed rows, with the norms of Qwen3. `room` may be overwritten.
-    fn project(&self, rows: &PackedRows, eps: f32, room: &mut [f32], [q, k, v]: [&mut [f32]; 3], head_dim: usize) {
-        self.q_proj.multiply_packed(rows, q);
-        self.k_proj.multiply_packed(rows, k);
-        self.v_proj.multiply_packed(rows, v);
-        for (x, norm) in [(q, &self.q_norm), (k, &self.k_norm)] {
-            if let Some(gamma) = norm {
-                // [token * head, dim], in place, some at a time
-                // A short chunk of a narrow model may have less room than one head.
-                let mut narrow = Vec::new();
-                let room = if room.len() < head_dim { grown(&mut narrow, head_dim, 0.0) } else { &mut *room };
-                for heads in x.chunks_mut(room.len() / head_dim * head_dim) {
-                    let out = &mut room[..heads.len()];
-                    math::rms_norm(heads, None, gamma, eps, out);
-                    heads.copy_from_slice(out);
-                }
-            }
-        }
     }
 }
 
@@ -297,62 +324,61 @@ impl<'a> KeyRows<'a> {
 
 /// Attention of rotated queries, `[row][head][dim]`, over `behind`, one softmax over all. The queries' own tokens are the
 /// last rows of the last entry, causally; all that stands before them every query sees.
-pub(crate) fn attend(config: &ModelConfig, q: &[f32], behind: &[KeyRows<'_>], keys: &mut Keys, attended: &mut [f32]) {
-    let (dim, group) = (config.head_dim, config.group());
-    let stride = config.num_attention_heads * dim;
+pub(crate) fn attend(config: &ModelConfig, behind: &[KeyRows<'_>], part: Attending<'_>) {
+    let Attending { q, keys: (keys, room), attended, .. } = part;
+    let (dim, stride) = (config.head_dim, config.num_attention_heads * config.head_dim);
     let (count, seen) = (q.len() / stride, behind.iter().map(|part| part.rows).sum::<usize>());
-    #[allow(clippy::cast_precision_loss)] // head sizes are far below 2^24
-    let scale = 1.0 / (dim as f32).sqrt();
     for kv_head in 0..config.num_key_value_heads {
-        let row = |mut at: usize| {
-            let mut parts = behind.iter();
-            loop {
-                // `at` is below the number of rows: there is such a part.
-                match parts.next() {
-                    Some(part) if at < part.rows => break (part, kv_head * part.head_stride + at * part.row_stride),
-                    Some(part) => at -= part.rows,
-                    None => break (&behind[0], 0),
-                }
-            }
-        };
-        let key = |at| {
-            let (part, start) = row(at);
-            &part.k[start..start + dim]
-        };
-        let value = |at| {
-            let (part, start) = row(at);
-            &part.v[start..start + dim]
-        };
-        keys.fill(seen, dim, key, value);
-        for head in kv_head * group..(kv_head + 1) * group {
-            let queries = Rows { data: &q[head * dim..], stride };
-            let out = &mut attended[head * dim..];
-            keys.attend(queries, count, scale, Mask::Causal { first: seen - count }, (out, stride));
+        let row = |at| row_of(behind, kv_head, dim, at);
+        keys.fill(seen, dim, |at| row(at).0, |at| row(at).1);
+        for head in config.heads_of(kv_head) {
+            let queries = (Rows { data: &q[head * dim..], stride }, count);
+            let out = (&mut attended[head * dim..], stride);
+            keys.attend(room, queries, config.scale(), Mask::Causal { first: seen - count }, out);
         }
     }
 }
 
-/// Where rows stand: runs of consecutive positions, each as number of rows and first position.
+/// Key and value of a head at row `at` of the parts together.
+///
+/// # Panics
+/// If there are not so many rows.
+pub(crate) fn row_of<'a>(parts: &[KeyRows<'a>], kv_head: usize, dim: usize, mut at: usize) -> (&'a [f32], &'a [f32]) {
+    let mut parts = parts.iter();
+    let part = loop {
+        let part = parts.next().expect("as many rows as the parts have");
+        if at < part.rows {
+            break part;
+        }
+        at -= part.rows;
+    };
+    let start = kv_head * part.head_stride + at * part.row_stride;
+    (&part.k[start..start + dim], &part.v[start..start + dim])
+}
+
+/// Where rows stand.
 pub(crate) struct Rope<'a> {
     pub(crate) table: &'a RopeTable,
-    pub(crate) runs: &'a [(usize, usize)],
+    /// The position of each row.
+    pub(crate) positions: &'a [usize],
 }
 
 impl Rope<'_> {
     /// Turns the pairs (i, i + dim / 2) of each head of each row of `width` floats.
-    fn rotate(&self, x: &mut [f32], width: usize, dim: usize) {
+    fn rotate(&self, threads: Threads, x: &mut [f32], width: usize, dim: usize) {
         let pairs = self.table.pairs;
-        let positions = self.runs.iter().flat_map(|&(rows, first)| first..first + rows);
-        for (row, position) in x.chunks_exact_mut(width).zip(positions) {
-            let (cos, sin) =
-                (&self.table.cos[position * pairs..][..pairs], &self.table.sin[position * pairs..][..pairs]);
-            for head in row.chunks_exact_mut(dim) {
-                let (a, b) = head.split_at_mut(pairs);
-                for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
-                    (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+        threads.rows((x, width), |first, x| {
+            for (row, position) in x.chunks_exact_mut(width).zip(&self.positions[first..]) {
+                let (cos, sin) =
+                    (&self.table.cos[position * pairs..][..pairs], &self.table.sin[position * pairs..][..pairs]);
+                for head in row.chunks_exact_mut(dim) {
+                    let (a, b) = head.split_at_mut(pairs);
+                    for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+                        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+                    }
                 }
             }
-        }
+        });
     }
 }
 
@@ -432,5 +458,32 @@ impl Loader<'_, '_> {
                 down_proj: self.linear(&name("mlp.down_proj"), inner, d, bias)?,
             },
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn heads_of_any_width_and_number_are_normed_as_the_naive_version_does(
+            width in 1..40_usize, rows in 1..60_usize, values in prop::collection::vec(-3.0..3.0_f32, 40 * 60),
+        ) {
+            let (gamma, before) = (&values[1..=width], &values[..rows * width]);
+            for threads in [Threads::One, Threads::All] {
+                let mut found = before.to_vec();
+                norm_heads(threads, &mut found, Some(gamma), 1e-5);
+                for (found, x) in found.chunks_exact(width).zip(before.chunks_exact(width)) {
+                    let mean = x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / width as f64;
+                    for ((found, x), gamma) in found.iter().zip(x).zip(gamma) {
+                        let expected = f64::from(*x) / (mean + 1e-5).sqrt() * f64::from(*gamma);
+                        prop_assert!((f64::from(*found) - expected).abs() < 1e-5, "{found} {expected}");
+                    }
+                }
+            }
+        }
     }
 }

@@ -12,7 +12,7 @@ use super::memory_model::LoadedSize;
 use super::prefix::PrefixKv;
 use super::setup::Setup;
 use super::{DType, MemorySpec};
-use crate::cpu::Format;
+use crate::cpu::{Format, Threads};
 use crate::fingerprint::Fingerprint;
 use crate::select::{self, SelectShape};
 
@@ -159,15 +159,16 @@ impl CpuModel {
 
     /// `first`: position of the first token.
     fn forward(&self, tokens: &[u32], first: usize, mut visit: impl FnMut(usize, Features<'_>)) {
-        let (config, rope) = (&self.setup.config, Rope { table: &self.setup.rope, runs: &[(tokens.len(), first)] });
-        Pass::run(config, self.format, &self.embed_tokens, tokens, |mut pass| {
+        let positions: Vec<usize> = (first..first + tokens.len()).collect();
+        let (config, rope) = (&self.setup.config, Rope { table: &self.setup.rope, positions: &positions });
+        Pass::run(config, (self.format, Threads::One), &self.embed_tokens, tokens, |mut pass| {
             for (number, layer) in self.layers.iter().enumerate() {
                 let prefix = self.cache.get(number).map(|(k, v)| KeyRows::by_token(config, k, v));
                 let behind = prefix.as_slice();
                 let attend = |part: Attending<'_>| {
                     let own = KeyRows::by_token(config, part.k, part.v);
                     let rows: Vec<KeyRows<'_>> = behind.iter().copied().chain([own]).collect();
-                    attend(config, part.q, &rows, part.keys, part.attended);
+                    attend(config, &rows, part);
                 };
                 pass.layer(layer, &rope, |features| visit(number, features), attend);
             }

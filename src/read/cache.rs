@@ -1,8 +1,8 @@
 //! Decoded memories kept in RAM: a fixed number of bytes, the least recently used go first.
 //!
-//! In: record ids, and a function that decodes what is not there. Out: shared memories. What always holds: the bytes held
-//! never exceed the capacity, and counters add up (`hits + misses` is the number of questions). Safe from many threads;
-//! decoding runs outside the lock, so two threads that miss the same record at once both decode it, and one copy stays.
+//! In: record ids, and memories that were not there. Out: shared memories. What always holds: the bytes held never exceed the
+//! capacity, and counters add up (`hits + misses` is the number of questions). Safe from many threads; nobody decodes under
+//! the lock, so two threads that miss the same record at once both decode it, and one copy stays.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -72,22 +72,16 @@ impl MemoryCache {
         Self { state: Mutex::new(state) }
     }
 
-    /// The memory of a record; `load` decodes it if it is not held.
-    ///
-    /// # Errors
-    /// Those of `load`; the cache is then unchanged but for its counters.
-    pub fn get_or_load<E>(
-        &self,
-        id: RecordId,
-        load: impl FnOnce() -> Result<LoadedMemory, E>,
-    ) -> Result<Arc<LoadedMemory>, E> {
-        let held = self.lock().get(id);
-        if let Some(memory) = held {
-            return Ok(memory);
-        }
-        let memory = Arc::new(load()?);
-        self.lock().insert(id, &memory);
-        Ok(memory)
+    /// The memories of records, of those that are held.
+    pub fn get(&self, ids: &[RecordId]) -> Vec<Option<Arc<LoadedMemory>>> {
+        let mut state = self.lock();
+        ids.iter().map(|id| state.get(*id)).collect()
+    }
+
+    /// Holds further memories, the last one longest.
+    pub fn insert(&self, memories: &[Arc<LoadedMemory>]) {
+        let mut state = self.lock();
+        memories.iter().for_each(|memory| state.insert(memory));
     }
 
     /// What the cache did since it was made.
@@ -116,8 +110,8 @@ impl State {
         memory
     }
 
-    fn insert(&mut self, id: RecordId, memory: &Arc<LoadedMemory>) {
-        let bytes = memory.bytes();
+    fn insert(&mut self, memory: &Arc<LoadedMemory>) {
+        let (id, bytes) = (memory.id(), memory.bytes());
         if bytes > self.counters.capacity || self.places.contains_key(&id) {
             return;
         }
@@ -177,8 +171,6 @@ impl State {
 
 #[cfg(test)]
 mod tests {
-    use std::convert::Infallible;
-
     use proptest::prelude::*;
 
     use super::*;
@@ -191,6 +183,15 @@ mod tests {
         LoadedMemory::new(id, shape, 1, vec![f32::from(u8::try_from(slot).unwrap()); shape.floats()], vec![0])
     }
 
+    /// Asks, and puts in what is missing.
+    fn ask(cache: &MemoryCache, id: RecordId) -> Arc<LoadedMemory> {
+        cache.get(&[id]).remove(0).unwrap_or_else(|| {
+            let made = Arc::new(memory(id.slot));
+            cache.insert(std::slice::from_ref(&made));
+            made
+        })
+    }
+
     proptest! {
         #[test]
         fn hits_misses_and_evictions_are_those_of_a_naive_list(
@@ -200,8 +201,8 @@ mod tests {
             // The definition: a list, most recently used first.
             let (mut list, mut naive) = (Vec::<u32>::new(), CacheCounters { capacity, ..CacheCounters::default() });
             for slot in asked {
-                let found = cache.get_or_load(RecordId { shard: 1, slot }, || Ok::<_, Infallible>(memory(slot))).unwrap();
-                prop_assert_eq!(found.id(), RecordId { shard: 1, slot });
+                let id = RecordId { shard: 1, slot };
+                prop_assert_eq!(ask(&cache, id).id(), id);
                 let held = list.iter().position(|held| *held == slot);
                 match held {
                     Some(at) => {
@@ -236,8 +237,7 @@ mod tests {
                 scope.spawn(move || {
                     for step in 0..1000_u32 {
                         let slot = step.wrapping_mul(thread * 2 + 1) % 12;
-                        let id = RecordId { shard: 1, slot };
-                        let found = cache.get_or_load(id, || Ok::<_, Infallible>(memory(slot))).unwrap();
+                        let found = ask(cache, RecordId { shard: 1, slot });
                         assert_eq!(found.keys(0)[0], f32::from(u8::try_from(slot).unwrap()));
                         assert!(cache.counters().bytes <= 4000);
                     }
@@ -247,14 +247,5 @@ mod tests {
         let counters = cache.counters();
         assert_eq!(counters.hits + counters.misses, 8000);
         assert!(counters.hits > 0 && counters.evictions > 0, "{counters:?}");
-    }
-
-    #[test]
-    fn a_failed_load_is_passed_on_and_not_kept() {
-        let cache = MemoryCache::new(1 << 20);
-        let id = RecordId { shard: 1, slot: 1 };
-        assert_eq!(cache.get_or_load(id, || Err::<LoadedMemory, _>("no")).unwrap_err(), "no");
-        cache.get_or_load(id, || Ok::<_, Infallible>(memory(1))).unwrap();
-        assert_eq!((cache.counters().misses, cache.counters().memories), (2, 1));
     }
 }

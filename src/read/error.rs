@@ -17,16 +17,6 @@ pub enum ReadError {
         /// The chunk's number.
         ordinal: u32,
     },
-    /// A record says that it uses more slots than it has.
-    #[error("record {id}: {count} slots in use, the bank has {slots}; run memory3 verify")]
-    Count {
-        /// The record.
-        id: crate::memory::RecordId,
-        /// Slots in use.
-        count: u8,
-        /// Slots of the bank's shape.
-        slots: usize,
-    },
     /// The model cannot be loaded or run.
     #[cfg(feature = "compile")]
     #[error(transparent)]
@@ -55,7 +45,7 @@ pub enum ReadError {
     /// The model or the context was opened without memories.
     #[error("opened without memories; load the model with the bank's settings and take a context behind its prefix")]
     NoMemories,
-    /// A memory of another shape than the model's.
+    /// A memory with other layers, heads or widths than the model's.
     #[error("record {id}: memory of shape {found:?}, the model reads {expected:?}; use the bank's own model")]
     Shape {
         /// The record.
@@ -64,6 +54,14 @@ pub enum ReadError {
         found: crate::memory::MemoryShape,
         /// The model's.
         expected: crate::memory::MemoryShape,
+    },
+    /// A weight that has no logarithm.
+    #[error("record {id}: weight {weight}; a weight is 0 or more, 1 as in the paper")]
+    Weight {
+        /// The record.
+        id: crate::memory::RecordId,
+        /// The weight.
+        weight: f32,
     },
     /// The prefix computed here is not the bank's.
     #[error(

@@ -1,38 +1,19 @@
-//! Texts that go on: prompts in, tokens out, with memories that change every 64 tokens (P 3.3).
+//! Texts that go on: prompts in, tokens out.
 //!
-//! Each 64 tokens of the prompt are read with memories found for their own text; BOS belongs to the first. The first 64
-//! generated tokens inherit those of the last prompt chunk; after that, memories are found for the text of the 64 tokens
-//! before. All rows of a chunk attend to the same memories. Without a [`Library`] contexts are plain.
+//! A [`Session`] reads and renews memories; here tokens are chosen, spelt, and stopped. Always holds: a text does not depend
+//! on the others of its batch.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use serde_json::Value;
 
 use super::error::ReadError;
-use super::memories::{LoadedMemory, MemoryReader};
-use super::model::{Context, ReadModel, Turn, Wanted};
-use super::retrieve::{Strategy, retrieve};
+use super::model::{ReadModel, Wanted};
 use super::sample::{Sampler, Sampling};
-use crate::bank::Hit;
+use super::session::{Condition, Prompt, Reading, Session, SessionOptions};
+use super::spelling::Spelling;
+use super::times::Times;
 use crate::corpus::Chunker;
-use crate::embed::TextEmbedder;
-
-/// Tokens that share memories.
-pub const CHUNK: usize = 64;
-
-/// Where memories come from.
-#[derive(Clone, Copy)]
-pub struct Library<'a> {
-    /// The bank.
-    pub reader: &'a MemoryReader,
-    /// The text encoder that made its retrieval vectors.
-    pub embedder: &'a dyn TextEmbedder,
-    /// Memories of a chunk.
-    pub memories: usize,
-    /// How they are chosen.
-    pub strategy: Strategy,
-}
 
 /// What generating takes.
 pub struct Generator<'a> {
@@ -40,8 +21,10 @@ pub struct Generator<'a> {
     pub model: &'a ReadModel,
     /// Its tokenizer.
     pub chunker: &'a Chunker,
-    /// `None`: the plain model.
-    pub library: Option<Library<'a>>,
+    /// What texts are read with; prompts are those of [`Condition::prompt`].
+    pub condition: Condition<'a>,
+    /// How they are read.
+    pub options: SessionOptions,
     /// Tokens that end a text; they are not part of it.
     pub stop: Vec<u32>,
     /// Most tokens of a text.
@@ -53,17 +36,10 @@ pub struct Generator<'a> {
 /// What happens while texts grow.
 #[derive(Clone, Debug)]
 pub enum Event<'a> {
-    /// The next tokens attend to these memories.
-    References {
-        /// Generated tokens so far.
-        generated: usize,
-        /// What was looked for.
-        query: &'a str,
-        /// What was found.
-        hits: &'a [Hit],
-    },
-    /// More text. A token that ends within a character gives none.
+    /// The next tokens of a text. A token that ends within a character gives none.
     Text(&'a str),
+    /// What some tokens were read with, told when they were all read.
+    Read(Reading),
 }
 
 /// A finished text.
@@ -79,153 +55,93 @@ pub struct Generated {
     pub retrievals: usize,
 }
 
-struct Sequence {
-    context: Context,
+/// A text that grows.
+struct Growing {
     sampler: Sampler,
     generated: Generated,
     /// Logits of the last row.
     logits: Vec<f32>,
     done: bool,
-    /// Tokens before `read` are told; those from `begin` on still shape how the next are spelt.
-    begin: usize,
-    read: usize,
-}
-
-impl Library<'_> {
-    /// The memories for a text.
-    ///
-    /// # Errors
-    /// The encoder or the bank fails.
-    pub fn find(&self, query: &str) -> Result<(Vec<Hit>, Vec<Arc<LoadedMemory>>), ReadError> {
-        if self.memories == 0 {
-            return Ok((Vec::new(), Vec::new()));
-        }
-        let vector = self.embedder.embed(&[query])?;
-        let hits = retrieve(self.reader.bank(), &vector, self.memories, self.strategy, None)?;
-        let memories = self.reader.load(&hits.iter().map(|hit| hit.record).collect::<Vec<_>>())?;
-        Ok((hits, memories))
-    }
+    spelling: Spelling,
 }
 
 impl Generator<'_> {
-    /// Goes on with each prompt, all together; `tell` hears of each sequence by its number.
+    /// Goes on with each prompt, all together; `tell` hears of each text by its number. Gives the texts and where the time
+    /// went.
     ///
     /// # Errors
-    /// A prompt without a token for a model without BOS, no room in the model, the bank or the encoder fails.
+    /// As [`Session::read`], [`Session::go_on`].
     pub fn generate(
         &self,
-        prompts: &[&str],
+        prompts: &[Prompt],
         tell: &mut dyn FnMut(usize, Event<'_>),
-    ) -> Result<Vec<Generated>, ReadError> {
-        // 1. read the prompts, chunk by chunk
-        let mut sequences = Vec::with_capacity(prompts.len());
-        for (number, prompt) in prompts.iter().enumerate() {
-            sequences.push(self.read_prompt(number, prompt, tell)?);
-        }
+    ) -> Result<(Vec<Generated>, Times), ReadError> {
+        let mut session = Session::new(self.model, self.chunker, self.condition, self.options);
+        // 1. read the prompts
+        let logits = session.read(prompts)?;
+        let mut texts: Vec<Growing> =
+            (0..).zip(logits).map(|(number, logits)| Growing::new(self, number, logits)).collect();
         loop {
+            tell_readings(&mut session, texts.len(), tell);
             // 2. choose the next token of each
-            for (number, sequence) in sequences.iter_mut().enumerate().filter(|(_, sequence)| !sequence.done) {
-                self.choose(number, sequence, tell)?;
-            }
-            // 3. new memories behind each 64 tokens
-            for (number, sequence) in sequences.iter_mut().enumerate().filter(|(_, sequence)| !sequence.done) {
-                let behind = sequence.generated.tokens.len() - 1;
-                if behind > 0 && behind.is_multiple_of(CHUNK) {
-                    let query = self.chunker.decode(&sequence.generated.tokens[behind - CHUNK..behind])?;
-                    self.renew(number, sequence, &query, tell)?;
+            for (number, text) in texts.iter_mut().enumerate().filter(|(_, text)| !text.done) {
+                text.choose(self);
+                if let Some(new) = text.spell(self.chunker)? {
+                    tell(number, Event::Text(&new));
                 }
             }
-            // 4. all of them one token on
-            let (mut turns, mut logits) = (Vec::new(), Vec::new());
-            for sequence in sequences.iter_mut().filter(|sequence| !sequence.done) {
-                let tokens = &sequence.generated.tokens[sequence.generated.tokens.len() - 1..];
-                turns.push(Turn { context: &mut sequence.context, tokens });
-                logits.push(&mut sequence.logits);
+            if texts.iter().all(|text| text.done) {
+                break;
             }
-            if turns.is_empty() {
-                return Ok(sequences.into_iter().map(|sequence| sequence.generated).collect());
-            }
-            let found = self.model.forward(&mut turns, Wanted::Last)?;
-            for (logits, row) in logits.into_iter().zip(found.chunks_exact(self.model.config().vocab_size)) {
-                logits.copy_from_slice(row);
+            // 3. all of them one token on
+            let next: Vec<&[u32]> = texts.iter().map(Growing::next).collect();
+            let rows = session.go_on(&next, Wanted::Last)?;
+            for (text, row) in texts.iter_mut().zip(rows).filter(|(_, row)| !row.is_empty()) {
+                text.logits = row;
             }
         }
+        session.close();
+        tell_readings(&mut session, texts.len(), tell);
+        let finished = (texts.into_iter().enumerate())
+            .map(|(number, text)| Generated { retrievals: session.retrievals(number), ..text.generated });
+        Ok((finished.collect(), session.times()))
     }
+}
 
-    fn read_prompt(
-        &self,
-        number: usize,
-        prompt: &str,
-        tell: &mut dyn FnMut(usize, Event<'_>),
-    ) -> Result<Sequence, ReadError> {
-        let context = if self.library.is_some() { self.model.context()? } else { self.model.plain_context() };
+fn tell_readings(session: &mut Session<'_>, texts: usize, tell: &mut dyn FnMut(usize, Event<'_>)) {
+    for number in 0..texts {
+        session.take_readings(number).into_iter().for_each(|reading| tell(number, Event::Read(reading)));
+    }
+}
+
+impl Growing {
+    fn new(generator: &Generator<'_>, number: u64, logits: Vec<f32>) -> Self {
         let generated = Generated { tokens: Vec::new(), text: String::new(), stopped: false, retrievals: 0 };
-        let sampler = Sampler::new(self.sampling, number as u64);
-        let (logits, done) = (Vec::new(), self.max_tokens == 0);
-        let mut sequence = Sequence { context, sampler, generated, logits, done, begin: 0, read: 0 };
-        let tokens: Vec<u32> = self.chunker.chunk(prompt)?.into_iter().flat_map(|chunk| chunk.tokens).collect();
-        let mut rows: Vec<u32> = self.chunker.bos().into_iter().collect();
-        for chunk in tokens.chunks(CHUNK) {
-            let query = self.chunker.decode(chunk)?;
-            self.renew(number, &mut sequence, &query, tell)?;
-            rows.extend_from_slice(chunk);
-            self.take(&mut sequence, &rows)?;
-            rows.clear();
-        }
-        if tokens.is_empty() {
-            self.take(&mut sequence, &rows)?;
-        }
-        Ok(sequence)
+        let sampler = Sampler::new(generator.sampling, number);
+        Self { sampler, generated, logits, done: generator.max_tokens == 0, spelling: Spelling::default() }
     }
 
-    fn take(&self, sequence: &mut Sequence, tokens: &[u32]) -> Result<(), ReadError> {
-        sequence.logits = self.model.forward(&mut [Turn { context: &mut sequence.context, tokens }], Wanted::Last)?;
-        Ok(())
+    /// What the session has not read yet.
+    fn next(&self) -> &[u32] {
+        let tokens = &self.generated.tokens;
+        if self.done { &[] } else { &tokens[tokens.len() - 1..] }
     }
 
-    fn renew(
-        &self,
-        number: usize,
-        sequence: &mut Sequence,
-        query: &str,
-        tell: &mut dyn FnMut(usize, Event<'_>),
-    ) -> Result<(), ReadError> {
-        let Some(library) = &self.library else { return Ok(()) };
-        let (hits, memories) = library.find(query)?;
-        self.model.set_memories(&mut sequence.context, memories)?;
-        sequence.generated.retrievals += 1;
-        let generated = sequence.generated.tokens.len().saturating_sub(1);
-        tell(number, Event::References { generated, query, hits: &hits });
-        Ok(())
-    }
-
-    fn choose(
-        &self,
-        number: usize,
-        sequence: &mut Sequence,
-        tell: &mut dyn FnMut(usize, Event<'_>),
-    ) -> Result<(), ReadError> {
-        let token = sequence.sampler.next(&sequence.logits);
-        if self.stop.contains(&token) {
-            (sequence.done, sequence.generated.stopped) = (true, true);
+    fn choose(&mut self, generator: &Generator<'_>) {
+        let token = self.sampler.next(&self.logits);
+        if generator.stop.contains(&token) {
+            (self.done, self.generated.stopped) = (true, true);
         } else {
-            sequence.generated.tokens.push(token);
-            sequence.done = sequence.generated.tokens.len() >= self.max_tokens;
+            self.generated.tokens.push(token);
+            self.done = self.generated.tokens.len() >= generator.max_tokens;
         }
-        // What is new, spelt together with the tokens before it; half a character waits for its rest.
-        let tokens = &sequence.generated.tokens;
-        let before = self.chunker.decode(&tokens[sequence.begin..sequence.read])?;
-        let now = self.chunker.decode(&tokens[sequence.begin..])?;
-        if now.len() > before.len()
-            && now.is_char_boundary(before.len())
-            && (sequence.done || !now.ends_with('\u{fffd}'))
-        {
-            let new = &now[before.len()..];
-            sequence.generated.text.push_str(new);
-            tell(number, Event::Text(new));
-            (sequence.begin, sequence.read) = (sequence.read, tokens.len());
-        }
-        Ok(())
+    }
+
+    /// What is new.
+    fn spell(&mut self, chunker: &Chunker) -> Result<Option<String>, ReadError> {
+        let new = self.spelling.next(chunker, &self.generated.tokens, self.done)?;
+        self.generated.text.push_str(new.as_deref().unwrap_or_default());
+        Ok(new)
     }
 }
 

@@ -3,10 +3,13 @@
 //! In: an open bank and record ids. Out: [`LoadedMemory`]s, through a cache, and [`Provenance`]. What always holds: a
 //! record's checksum was right when it was decoded; keys are as stored, after RoPE. Any number of threads may ask at once.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use half::bf16;
+use rayon::prelude::*;
 use serde::Serialize;
 
 use super::cache::{CacheCounters, MemoryCache};
@@ -47,6 +50,26 @@ pub struct Provenance {
     pub text: String,
     /// The live documents that hold it.
     pub documents: Vec<Place>,
+}
+
+/// Memories for a list of records, and where the time went.
+#[derive(Debug)]
+pub struct Loading {
+    /// One for each record, in their order.
+    pub memories: Vec<Arc<LoadedMemory>>,
+    /// Until all bytes were there and their checksums right.
+    pub read: Duration,
+    /// Until all codes were vectors.
+    pub decode: Duration,
+}
+
+/// Where the memories of records come from.
+pub trait MemorySource: Sync {
+    /// The memories of records, in the order of `ids`.
+    ///
+    /// # Errors
+    /// A record is missing or damaged.
+    fn load(&self, ids: &[RecordId]) -> Result<Loading, ReadError>;
 }
 
 /// A bank with its codec and a cache.
@@ -151,13 +174,10 @@ impl MemoryReader {
     /// A record in place: its codes, uncopied, its checksum right.
     ///
     /// # Errors
-    /// As [`Bank::record`]; [`ReadError::Count`].
+    /// As [`Bank::record`], [`RecordRef::check_selection`].
     pub fn memory(&self, id: RecordId) -> Result<RecordRef<'_>, ReadError> {
         let record = self.bank.record(id)?;
-        let slots = self.bank.shape().slots;
-        if usize::from(record.count) > slots {
-            return Err(ReadError::Count { id, count: record.count, slots });
-        }
+        record.check_selection()?;
         Ok(record)
     }
 
@@ -166,17 +186,13 @@ impl MemoryReader {
     /// # Errors
     /// As [`MemoryReader::memory`].
     pub fn decode(&self, id: RecordId) -> Result<LoadedMemory, ReadError> {
-        let (record, shape) = (self.memory(id)?, self.bank.shape());
-        let vectors = self.codec.decode_memory(record.codes, record.count, &shape);
-        Ok(LoadedMemory { id, shape, count: record.count, vectors, tokens: record.tokens.to_vec() })
+        Ok(self.decoded(&self.memory(id)?))
     }
 
-    /// Decoded memories, in the order of `ids`.
-    ///
-    /// # Errors
-    /// As [`MemoryReader::memory`].
-    pub fn load(&self, ids: &[RecordId]) -> Result<Vec<Arc<LoadedMemory>>, ReadError> {
-        ids.iter().map(|&id| self.cache.get_or_load(id, || self.decode(id))).collect()
+    fn decoded(&self, record: &RecordRef<'_>) -> LoadedMemory {
+        let (id, count, shape) = (record.id, record.count, self.bank.shape());
+        let vectors = self.codec.decode_memory(record.codes, count, &shape);
+        LoadedMemory { id, shape, count, vectors, tokens: record.tokens.to_vec() }
     }
 
     /// What the cache did so far.
@@ -190,6 +206,29 @@ impl MemoryReader {
     /// As [`Bank::record`], [`Bank::documents_of`]; [`ReadError::NoChunk`].
     pub fn provenance(&self, id: RecordId) -> Result<Provenance, ReadError> {
         Provenance::of(&self.bank, id)
+    }
+}
+
+impl MemorySource for MemoryReader {
+    /// What the cache does not hold is read and decoded on all threads of the rayon pool, each record once.
+    fn load(&self, ids: &[RecordId]) -> Result<Loading, ReadError> {
+        let start = Instant::now();
+        let held = self.cache.get(ids);
+        let mut missing: Vec<RecordId> =
+            ids.iter().zip(&held).filter(|(_, held)| held.is_none()).map(|(id, _)| *id).collect();
+        missing.sort_unstable();
+        missing.dedup();
+        // All at once, so that a drive can work on many; then each where it is.
+        missing.iter().for_each(|id| self.bank.will_need(*id));
+        let records: Vec<RecordRef<'_>> =
+            missing.par_iter().map(|id| self.memory(*id)).collect::<Result<_, ReadError>>()?;
+        let read = start.elapsed();
+        let decoded: Vec<Arc<LoadedMemory>> = records.par_iter().map(|record| Arc::new(self.decoded(record))).collect();
+        self.cache.insert(&decoded);
+        let decoded: BTreeMap<RecordId, Arc<LoadedMemory>> =
+            decoded.into_iter().map(|memory| (memory.id(), memory)).collect();
+        let memories = ids.iter().zip(held).map(|(id, held)| held.unwrap_or_else(|| decoded[id].clone())).collect();
+        Ok(Loading { memories, read, decode: start.elapsed() - read })
     }
 }
 

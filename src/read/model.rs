@@ -6,17 +6,20 @@
 //! prefix, memories and context; other layers see prefix and context only.
 //!
 //! Always holds: a token's logits depend on its own context alone, with the same bits whether its tokens come one by one or
-//! many at once, whatever else is in the batch. What order memories have changes the order of sums, nothing else.
+//! many at once, whatever else is in the batch, on any number of threads. What order memories have changes the order of
+//! sums, nothing else. Attention is in `attend.rs`; everything runs on all threads of the rayon pool.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use super::context::{Context, LayerKv, WeightedMemory};
 use super::error::ReadError;
-use super::memories::LoadedMemory;
-use crate::cpu::{Format, PackedMatrix, Rows};
+use crate::bank::Bank;
+use crate::corpus::Chunker;
+use crate::cpu::{Format, PackedMatrix, PackedRows, Rows, Threads};
 use crate::fingerprint::Fingerprint;
 use crate::memory::MemoryShape;
-use crate::model::cpu_layer::{Attending, CpuLayer, KeyRows, Loader, Pass, Rope, attend, format_of};
+use crate::model::cpu_layer::{Attending, CpuLayer, Loader, Pass, Rope, format_of};
 use crate::model::setup::{Setup, check_tokens};
 use crate::model::{DType, MAX_CHUNK_TOKENS, MemorySpec, ModelConfig, PrefixKv, RopeTable, WeightFiles};
 
@@ -41,34 +44,16 @@ pub struct ReadModel {
 }
 
 /// What a model that reads memories has beside a plain one.
-struct MemorySide {
+pub(super) struct MemorySide {
     /// For each layer its place among the memory layers.
-    places: Vec<Option<usize>>,
+    pub(super) places: Vec<Option<usize>>,
     shape: MemoryShape,
     /// Tokens of the prefix.
-    r: usize,
+    pub(super) r: usize,
     /// The prefix at each layer.
-    prefix: Vec<LayerKv>,
+    pub(super) prefix: Vec<LayerKv>,
     stored: PrefixKv,
     fingerprint: Fingerprint,
-}
-
-/// Keys (rotated) and values of one layer: `[token][kv_head][dim]`.
-#[derive(Clone, Debug, Default)]
-struct LayerKv {
-    k: Vec<f32>,
-    v: Vec<f32>,
-}
-
-/// One sequence: the keys and values of its tokens so far, and the memories that the next tokens attend to.
-#[derive(Clone, Debug)]
-pub struct Context {
-    layers: Vec<LayerKv>,
-    /// Position of its first token.
-    base: usize,
-    tokens: Vec<u32>,
-    behind_prefix: bool,
-    memories: Vec<Arc<LoadedMemory>>,
 }
 
 /// Tokens that a context is to take.
@@ -86,18 +71,8 @@ pub enum Wanted {
     All,
     /// Those of the last token of each turn.
     Last,
-}
-
-impl Context {
-    /// The tokens so far.
-    pub fn tokens(&self) -> &[u32] {
-        &self.tokens
-    }
-
-    /// The memories that the next tokens attend to.
-    pub fn memories(&self) -> &[Arc<LoadedMemory>] {
-        &self.memories
-    }
+    /// None.
+    Nothing,
 }
 
 impl ReadModel {
@@ -124,6 +99,27 @@ impl ReadModel {
     ) -> Result<Self, ReadError> {
         let (setup, files) = Setup::open(dir, prefix, spec)?;
         Self::load_files(setup.config.clone(), &files, dtype, positions, Some(&setup))
+    }
+
+    /// Loads the model in `dir`, whose tokenizer is `chunker`'s, for the memories of a bank, and refuses one that did not
+    /// write them.
+    ///
+    /// # Errors
+    /// As [`ReadModel::load`], [`ReadModel::check_bank`].
+    pub fn load_for(
+        bank: &Bank,
+        dir: &Path,
+        chunker: &Chunker,
+        dtype: DType,
+        positions: usize,
+    ) -> Result<Self, ReadError> {
+        let manifest = bank.manifest();
+        let stored = PrefixKv::from_safetensors_bytes(&bank.prefix()?)?;
+        let (layers, slots) = (manifest.shape.memory_layers.clone(), manifest.shape.memory.slots);
+        let spec = MemorySpec { layers, slots, ..MemorySpec::default() };
+        let model = Self::load(dir, &stored.tokens, &spec, dtype, positions)?;
+        model.check_bank(bank, chunker)?;
+        Ok(model)
     }
 
     fn load_files(
@@ -169,7 +165,7 @@ impl ReadModel {
     /// The prefix as a plain context: positions `0..r`, nothing before it.
     fn run_prefix(&mut self, setup: &Setup, fingerprint: Fingerprint) -> Result<(), ReadError> {
         let mut context = self.plain_context();
-        self.forward(&mut [Turn { context: &mut context, tokens: &setup.prefix }], Wanted::Last)?;
+        self.forward(&mut [Turn { context: &mut context, tokens: &setup.prefix }], Wanted::Nothing)?;
         let (heads, dim, r) = (self.config.num_key_value_heads, self.config.head_dim, setup.prefix.len());
         // [token][head][dim] -> [layer][head][token][dim], of the memory layers
         let turned = |side: fn(&LayerKv) -> &Vec<f32>| -> Vec<f32> {
@@ -188,6 +184,14 @@ impl ReadModel {
         Ok(())
     }
 
+    pub(super) fn format(&self) -> Format {
+        self.format
+    }
+
+    pub(super) fn memory_side(&self) -> Option<&MemorySide> {
+        self.memory.as_ref()
+    }
+
     /// The model's config.
     pub fn config(&self) -> &ModelConfig {
         &self.config
@@ -203,7 +207,7 @@ impl ReadModel {
         self.memory.as_ref().map(|memory| &memory.stored)
     }
 
-    /// Refuses a bank's prefix that is not the one computed here. `dtypes`: whether both ran in f32.
+    /// Refuses a bank's prefix that is not the one computed here. `both_f32`: whether both ran in f32.
     ///
     /// # Errors
     /// [`ReadError::Prefix`] with the greatest difference.
@@ -224,7 +228,7 @@ impl ReadModel {
 
     /// A sequence without prefix and memories: its logits are the plain model's.
     pub fn plain_context(&self) -> Context {
-        self.new_context(0, false)
+        Context::new(self.layers.len(), 0, false)
     }
 
     /// A sequence behind the prefix and the span of the memories, of which it has none yet.
@@ -233,24 +237,27 @@ impl ReadModel {
     /// [`ReadError::NoMemories`] of a plain model.
     pub fn context(&self) -> Result<Context, ReadError> {
         let memory = self.memory.as_ref().ok_or(ReadError::NoMemories)?;
-        Ok(self.new_context(memory.r + MAX_CHUNK_TOKENS, true))
+        Ok(Context::new(self.layers.len(), memory.r + MAX_CHUNK_TOKENS, true))
     }
 
-    fn new_context(&self, base: usize, behind_prefix: bool) -> Context {
-        let layers = vec![LayerKv::default(); self.layers.len()];
-        Context { layers, base, tokens: Vec::new(), behind_prefix, memories: Vec::new() }
-    }
-
-    /// Replaces the memories that the next tokens of a context attend to. Tokens that it has keep what they saw.
+    /// Replaces the memories that the next tokens of a context attend to. Tokens that it has keep what they saw. Memories may
+    /// have other slots than the bank's.
     ///
     /// # Errors
-    /// [`ReadError::NoMemories`] for a plain context, [`ReadError::Shape`] for memories of another model.
-    pub fn set_memories(&self, context: &mut Context, memories: Vec<Arc<LoadedMemory>>) -> Result<(), ReadError> {
+    /// [`ReadError::NoMemories`] for a plain context, [`ReadError::Shape`] for memories of another model,
+    /// [`ReadError::Weight`].
+    pub fn set_memories(&self, context: &mut Context, memories: Vec<WeightedMemory>) -> Result<(), ReadError> {
         let side = self.memory.as_ref().filter(|_| context.behind_prefix).ok_or(ReadError::NoMemories)?;
-        if let Some(other) = memories.iter().find(|memory| memory.shape() != side.shape) {
-            return Err(ReadError::Shape { id: other.id(), found: other.shape(), expected: side.shape });
+        for WeightedMemory { memory, weight } in &memories {
+            let (id, found, expected) = (memory.id(), memory.shape(), side.shape);
+            if found != (MemoryShape { slots: found.slots, ..expected }) {
+                return Err(ReadError::Shape { id, found, expected });
+            }
+            if !(*weight >= 0.0 && weight.is_finite()) {
+                return Err(ReadError::Weight { id, weight: *weight });
+            }
         }
-        context.memories = memories;
+        context.replace(memories, &side.places, side.r);
         Ok(())
     }
 
@@ -259,81 +266,76 @@ impl ReadModel {
     /// # Errors
     /// [`ReadError::NoTokens`], [`ReadError::Full`], a token outside the vocabulary; the contexts are then unchanged.
     pub fn forward(&self, turns: &mut [Turn<'_>], wanted: Wanted) -> Result<Vec<f32>, ReadError> {
-        let config = &self.config;
-        // 1. what can be refused is refused before any context changes
-        let (mut tokens, mut runs) = (Vec::new(), Vec::with_capacity(turns.len()));
+        Ok(self.forward_timed(turns, wanted)?.0)
+    }
+
+    /// [`ReadModel::forward`], and how long attention took.
+    ///
+    /// # Errors
+    /// As [`ReadModel::forward`].
+    pub fn forward_timed(&self, turns: &mut [Turn<'_>], wanted: Wanted) -> Result<(Vec<f32>, Duration), ReadError> {
+        let (mut tokens, mut positions) = (Vec::new(), Vec::new());
         for turn in turns.iter() {
             if turn.tokens.is_empty() {
                 return Err(ReadError::NoTokens);
             }
-            check_tokens(turn.tokens, config.vocab_size)?;
+            check_tokens(turn.tokens, self.config.vocab_size)?;
             let first = turn.context.base + turn.context.tokens.len();
-            if first + turn.tokens.len() > self.positions {
-                return Err(ReadError::Full { asked: first + turn.tokens.len(), positions: self.positions });
+            let end = first + turn.tokens.len();
+            if end > self.positions {
+                return Err(ReadError::Full { asked: end, positions: self.positions });
             }
-            runs.push((turn.tokens.len(), first));
+            positions.extend(first..end);
             tokens.extend_from_slice(turn.tokens);
         }
         if tokens.is_empty() {
-            return Ok(Vec::new());
+            return Ok((Vec::new(), Duration::ZERO));
         }
-        let rope = Rope { table: &self.rope, runs: &runs };
-        // 2. all layers over all rows; each row attends within its own context
-        let logits = Pass::run(config, self.format, &self.embed_tokens, &tokens, |mut pass| {
-            for (number, layer) in self.layers.iter().enumerate() {
-                pass.layer(layer, &rope, |_| {}, |part| self.attend(number, turns, part));
-            }
-            // 3. the last norm and the head, of the rows that are wanted
-            let (d, normed) = (config.hidden_size, pass.norm(&self.norm));
-            let mut picked = Vec::new();
-            let rows = match wanted {
-                Wanted::All => normed,
-                Wanted::Last => {
-                    let mut end = 0;
-                    for (rows, _) in &runs {
-                        end += rows;
-                        picked.extend_from_slice(&normed[(end - 1) * d..][..d]);
-                    }
-                    &picked
-                }
-            };
-            let mut logits = vec![0.0; rows.len() / d * config.vocab_size];
-            self.lm_head.multiply(Rows { data: rows, stride: d }, &mut logits);
-            logits
-        });
+        // Within the pool from here on: a thread of it waits with less ado than one from outside.
+        let found = rayon::scope(|_| self.run(turns, &tokens, &positions, wanted));
         for turn in turns {
             turn.context.tokens.extend_from_slice(turn.tokens);
         }
-        Ok(logits)
+        Ok(found)
     }
 
-    /// Keeps the new keys and values of a layer, and lets each turn's queries attend to what they see.
-    fn attend(&self, number: usize, turns: &mut [Turn<'_>], part: Attending<'_>) {
-        let config = &self.config;
-        let [wide, narrow] = [config.num_attention_heads, config.num_key_value_heads].map(|n| n * config.head_dim);
-        let Attending { q, k, v, keys, attended } = part;
-        let mut start = 0;
-        for turn in turns {
-            let end = start + turn.tokens.len();
-            let Context { layers, memories, behind_prefix, .. } = &mut *turn.context;
-            layers[number].k.extend_from_slice(&k[start * narrow..end * narrow]);
-            layers[number].v.extend_from_slice(&v[start * narrow..end * narrow]);
-            let mut seen = Vec::with_capacity(memories.len() + 2);
-            if let Some(side) = self.memory.as_ref().filter(|_| *behind_prefix) {
-                seen.push(KeyRows::by_token(config, &side.prefix[number].k, &side.prefix[number].v));
-                if let Some(place) = side.places[number] {
-                    seen.extend(memories.iter().map(|memory| KeyRows {
-                        k: memory.keys(place),
-                        v: memory.values(place),
-                        rows: memory.count(),
-                        head_stride: side.shape.slots * config.head_dim,
-                        row_stride: config.head_dim,
-                    }));
-                }
+    /// All layers over all rows; each row attends within its own context.
+    fn run(&self, turns: &mut [Turn<'_>], tokens: &[u32], positions: &[usize], wanted: Wanted) -> (Vec<f32>, Duration) {
+        let rope = Rope { table: &self.rope, positions };
+        let mut attending = Duration::ZERO;
+        Pass::run(&self.config, (self.format, Threads::All), &self.embed_tokens, tokens, |mut pass| {
+            for (number, layer) in self.layers.iter().enumerate() {
+                let attend = |part: Attending<'_>| {
+                    let start = Instant::now();
+                    self.attend(number, turns, part);
+                    attending += start.elapsed();
+                };
+                pass.layer(layer, &rope, |_| {}, attend);
             }
-            seen.push(KeyRows::by_token(config, &layers[number].k, &layers[number].v));
-            attend(config, &q[start * wide..end * wide], &seen, keys, &mut attended[start * wide..end * wide]);
-            start = end;
-        }
+            (self.logits(pass.norm(&self.norm), turns, wanted), attending)
+        })
+    }
+
+    /// The head, of the rows that are wanted.
+    fn logits(&self, normed: &[f32], turns: &[Turn<'_>], wanted: Wanted) -> Vec<f32> {
+        let (d, mut end) = (self.config.hidden_size, 0);
+        let last = turns.iter().flat_map(|turn| {
+            end += turn.tokens.len();
+            &normed[(end - 1) * d..end * d]
+        });
+        let picked: Vec<f32>;
+        let rows = match wanted {
+            Wanted::All => normed,
+            Wanted::Last => {
+                picked = last.copied().collect();
+                &picked
+            }
+            Wanted::Nothing => return Vec::new(),
+        };
+        let (count, mut packed) = (rows.len() / d, PackedRows::new(self.format));
+        let mut logits = vec![0.0; count * self.config.vocab_size];
+        Threads::All.pack(&mut packed, Rows { data: rows, stride: d }, count, d);
+        Threads::All.multiply(&self.lm_head, &packed, &mut logits);
+        logits
     }
 }

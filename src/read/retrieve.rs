@@ -1,12 +1,15 @@
 //! Which memories a text is to be read with.
 //!
 //! In: retrieval vectors, or texts through the bank's own encoder. Out: records with scores, best first. Strategies: the
-//! nearest; the nearest of many candidates by exact score; the nearest that are not alike (MMR). A leak filter drops
-//! references that the text holds already, and others are fetched in their stead.
+//! nearest; the nearest of many candidates by exact score; the nearest that are not alike (MMR); any, as a control. A leak
+//! filter drops references that the text holds already, and others are fetched in their stead.
+
+use std::collections::BTreeSet;
 
 use super::error::ReadError;
 use super::leak::LeakFilter;
 use crate::bank::{Bank, BankError, Hit};
+use crate::memory::RecordId;
 
 /// How memories are chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -25,6 +28,11 @@ pub enum Strategy {
         relevance: f32,
         /// Candidates.
         fetch: usize,
+    },
+    /// Any records, the same for the same vector and seed: the control that rules out that any memories help.
+    Random {
+        /// Of the choice.
+        seed: u64,
     },
 }
 
@@ -49,6 +57,7 @@ pub fn retrieve(
     leaks: Option<Leaks<'_>>,
 ) -> Result<Vec<Hit>, ReadError> {
     let fetch = match strategy {
+        Strategy::Random { seed } => return random(bank, vector, k, seed, leaks),
         Strategy::Top => k,
         Strategy::TwoStage { fetch } | Strategy::Diverse { fetch, .. } => fetch.max(k),
     };
@@ -58,13 +67,7 @@ pub fn retrieve(
         let all = found.len() < wanted;
         let mut kept = Vec::with_capacity(fetch);
         for hit in found {
-            let is_leaked = match leaks {
-                Some(Leaks { text, threshold }) => {
-                    LeakFilter::new(bank.record(hit.record)?.token_ids).is_leaked(text, threshold)
-                }
-                None => false,
-            };
-            if !is_leaked {
+            if !is_leaked(bank, hit.record, leaks)? {
                 kept.push(hit);
             }
         }
@@ -75,10 +78,51 @@ pub fn retrieve(
         wanted = wanted.saturating_mul(2);
     };
     match strategy {
-        Strategy::Top => Ok(candidates),
+        Strategy::Top | Strategy::Random { .. } => Ok(candidates),
         Strategy::TwoStage { .. } => rerank(bank, vector, candidates, k),
         Strategy::Diverse { relevance, .. } => diverse(bank, candidates, k, relevance),
     }
+}
+
+fn is_leaked(bank: &Bank, record: RecordId, leaks: Option<Leaks<'_>>) -> Result<bool, ReadError> {
+    let Some(Leaks { text, threshold }) = leaks else { return Ok(false) };
+    Ok(LeakFilter::new(bank.record(record)?.token_ids).is_leaked(text, threshold))
+}
+
+/// Draws until there are `k`, or all records were drawn.
+fn random(bank: &Bank, vector: &[f32], k: usize, seed: u64, leaks: Option<Leaks<'_>>) -> Result<Vec<Hit>, ReadError> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&seed.to_le_bytes());
+    for value in vector {
+        hasher.update(&value.to_le_bytes());
+    }
+    let mut numbers = hasher.finalize_xof();
+    let total: u64 = bank.shards().map(|shard| u64::from(shard.records())).sum();
+    let (mut drawn, mut hits) = (BTreeSet::new(), Vec::new());
+    while hits.len() < k && (drawn.len() as u64) < total {
+        let mut bytes = [0; 8];
+        numbers.fill(&mut bytes);
+        let Some(record) = record_at(bank, u64::from_le_bytes(bytes) % total).filter(|record| drawn.insert(*record))
+        else {
+            continue;
+        };
+        if bank.is_live(record)? && !is_leaked(bank, record, leaks)? {
+            hits.push(Hit { record, score: dot(bank.record(record)?.vector, vector) });
+        }
+    }
+    hits.sort_by(|a, b| b.score.total_cmp(&a.score).then(a.record.cmp(&b.record)));
+    Ok(hits)
+}
+
+/// The record at this place among all.
+fn record_at(bank: &Bank, mut place: u64) -> Option<RecordId> {
+    for shard in bank.shards() {
+        match place.checked_sub(u64::from(shard.records())) {
+            Some(behind) => place = behind,
+            None => return u32::try_from(place).ok().map(|slot| RecordId { shard: shard.number(), slot }),
+        }
+    }
+    None
 }
 
 fn vector_of(bank: &Bank, hit: &Hit) -> Result<Vec<f32>, BankError> {

@@ -63,7 +63,7 @@ impl Scratch {
         self.sums.clear();
         self.sums.resize(tiles, Line([0.0; TILE]));
         let key = |token: usize| &k[(token * kv_heads + kv_head) * head_dim..][..head_dim];
-        self.keys.columns((Format::F32, Level::detect(Format::F32)), tokens, head_dim, &key);
+        self.keys.columns((Format::F32, Level::detect(Format::F32)), 0..tokens, head_dim, &key);
         // Softmax needs the logits of a query at a time; exp needs all of the head for its one maximum.
         let rows = if score == Score::Exp { group * tokens } else { 0 };
         let mut held = 0;

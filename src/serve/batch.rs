@@ -12,9 +12,9 @@ use rayon::prelude::*;
 
 use super::finder::{Finding, Question};
 use super::job::{Event, Job};
-use super::metrics::{Metrics, Work};
+use super::metrics::Metrics;
 use super::sequence::{Kit, Sequence};
-use crate::read::{ReadError, Wanted};
+use crate::read::{ReadError, Times, Wanted};
 
 /// Tokens of prompts in a pass, beside those of the texts behind them: two chunks.
 const PROMPT_ROWS: usize = 130;
@@ -157,20 +157,19 @@ impl Batch {
         let start = Instant::now();
         let rows: usize = members.iter().map(|sequence| sequence.row_count()).sum();
         let mut turns: Vec<_> = members.iter_mut().map(|sequence| sequence.turn()).collect();
-        let logits = self.kit.model.forward(&mut turns, Wanted::Last);
-        self.metrics.spent(Work::Forward, start.elapsed());
-        self.metrics.passes.inc();
-        self.metrics.pass_rows.inc_by(rows as u64);
+        let passed = self.kit.model.forward_timed(&mut turns, Wanted::Last);
+        let modelling = start.elapsed();
         // 3. the next token of each
         let start = Instant::now();
-        let outcome = match logits {
-            Ok(logits) => go_on(&self.kit, members, &logits),
+        let (outcome, attending) = match passed {
+            Ok((logits, attending)) => (go_on(&self.kit, members, &logits), attending),
             Err(error) => {
                 members.into_iter().for_each(|sequence| fail(sequence, error.to_string()));
-                Vec::new()
+                (Vec::new(), Duration::ZERO)
             }
         };
-        self.metrics.spent(Work::Choose, start.elapsed());
+        let (attend, model) = (attending.as_secs_f64(), modelling.saturating_sub(attending).as_secs_f64());
+        self.metrics.passed(rows, Times { attend, model, ..Times::default() }, start.elapsed());
         let chosen: usize = outcome.iter().map(|(chosen, ..)| chosen).sum();
         self.metrics.count_tokens(prompt_rows, chosen);
         // 4. what they want to know, and who joined or left

@@ -4,15 +4,14 @@
 //! through the text encoder together.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use crossbeam::channel::{Receiver, Sender};
 
 use super::batch::Note;
 use super::job::{Job, References};
-use super::metrics::{Metrics, Work};
+use super::metrics::Metrics;
 use crate::embed::TextEmbedder;
-use crate::read::{LoadedMemory, ReadError, Strategy, retrieve};
+use crate::read::{Found, Query, ReadError, Retrieval, Retriever, Times, WeightedMemory};
 
 /// Questions that are answered together, at most.
 const TOGETHER: usize = 32;
@@ -33,7 +32,7 @@ pub(super) struct Question {
 /// What was found for a question.
 #[derive(Debug)]
 pub(super) struct Finding {
-    pub(super) memories: Vec<Arc<LoadedMemory>>,
+    pub(super) memories: Vec<WeightedMemory>,
     pub(super) references: Arc<References>,
 }
 
@@ -50,47 +49,50 @@ impl Finder {
     pub(super) fn run(self) {
         while let Ok(first) = self.questions.recv() {
             let others = self.questions.try_iter().take(TOGETHER - 1);
-            let asked: Vec<Question> =
-                std::iter::once(first).chain(others).filter(|question| !question.job.is_cancelled()).collect();
-            for (question, found) in self.answer(asked) {
-                let Question { ticket, number, .. } = question;
-                // The batch may have ended.
-                let _ = self.notes.send(Note::Found { ticket, number, found });
+            let mut asked: Vec<Question> = std::iter::once(first).chain(others).collect();
+            asked.retain(|question| !question.job.is_cancelled());
+            while let Some(first) = asked.first().map(|question| Arc::clone(&question.job)) {
+                let (like, unlike): (Vec<_>, Vec<_>) =
+                    asked.into_iter().partition(|question| question.job.reads_as(&first));
+                self.answer(&like);
+                asked = unlike;
             }
         }
     }
 
-    fn answer(&self, asked: Vec<Question>) -> Vec<(Question, Result<Finding, String>)> {
-        let start = Instant::now();
-        let texts: Vec<&str> = asked.iter().map(|question| question.text.as_str()).collect();
-        let embedded = if texts.is_empty() { Ok(Vec::new()) } else { self.embedder.embed(&texts) };
-        self.metrics.spent(Work::Embed, start.elapsed());
-        let vectors = match embedded {
-            Ok(vectors) => vectors,
-            Err(error) => {
-                let failed = error.to_string();
-                return asked.into_iter().map(|question| (question, Err(failed.clone()))).collect();
+    /// Answers questions to one bank, for the same number of memories.
+    fn answer(&self, asked: &[Question]) {
+        match self.find(asked) {
+            Ok(findings) => {
+                asked.iter().zip(findings).for_each(|(question, finding)| self.tell(question, Ok(finding)));
             }
-        };
-        let vectors = vectors.chunks_exact(self.embedder.dim());
-        let answers = asked.into_iter().zip(vectors).map(|(question, vector)| {
-            let found = self.find(&question, vector).map_err(|error| error.to_string());
-            (question, found)
-        });
-        answers.collect()
+            // One of them may be to blame.
+            Err(_) if asked.len() > 1 => asked.chunks(1).for_each(|question| self.answer(question)),
+            Err(error) => asked.iter().for_each(|question| self.tell(question, Err(error.to_string()))),
+        }
     }
 
-    fn find(&self, question: &Question, vector: &[f32]) -> Result<Finding, ReadError> {
-        let Job { ask, reader, .. } = &*question.job;
-        self.metrics.retrievals.inc();
-        let start = Instant::now();
-        let hits = retrieve(reader.bank(), vector, ask.memories.unwrap_or(0), Strategy::Top, None)?;
-        self.metrics.spent(Work::Search, start.elapsed());
-        let start = Instant::now();
-        let memories = reader.load(&hits.iter().map(|hit| hit.record).collect::<Vec<_>>())?;
-        self.metrics.spent(Work::Load, start.elapsed());
-        let query = ask.trace.then(|| question.text.clone());
-        let references = Arc::new(References::new(reader.bank(), &hits, question.first_token, query)?);
-        Ok(Finding { memories, references })
+    fn tell(&self, question: &Question, found: Result<Finding, String>) {
+        let Question { ticket, number, .. } = *question;
+        // The batch may have ended.
+        let _ = self.notes.send(Note::Found { ticket, number, found });
+    }
+
+    fn find(&self, asked: &[Question]) -> Result<Vec<Finding>, ReadError> {
+        let Some(Job { ask, reader, .. }) = asked.first().map(|question| &*question.job) else { return Ok(Vec::new()) };
+        let settings = Retrieval { memories: ask.memories.unwrap_or(0), ..Retrieval::default() };
+        let bank = reader.bank();
+        let retriever = Retriever { bank, source: &**reader, embedder: &*self.embedder, settings };
+        let queries: Vec<Query<'_>> =
+            asked.iter().map(|question| Query { text: &question.text, guarded: &[] }).collect();
+        let mut times = Times::default();
+        let found = retriever.find(&queries, &mut times)?;
+        self.metrics.found(asked.len(), times);
+        let findings = asked.iter().zip(found).map(|(question, Found { hits, memories })| {
+            let query = question.job.ask.trace.then(|| question.text.clone());
+            let references = Arc::new(References::new(bank, &hits, question.first_token, query)?);
+            Ok(Finding { memories, references })
+        });
+        findings.collect()
     }
 }

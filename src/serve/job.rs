@@ -72,6 +72,11 @@ impl Job {
         self.events.is_closed()
     }
 
+    /// Do both read so many memories of the same bank?
+    pub(super) fn reads_as(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.reader, &other.reader) && self.ask.memories == other.ask.memories
+    }
+
     /// Tells whoever listens.
     pub(super) fn tell(&self, event: Event) {
         // Nobody may listen any more: then there is nothing to tell.

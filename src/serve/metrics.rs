@@ -13,6 +13,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
 use super::banks::Banks;
+use crate::read::Times;
 
 /// The form of [`Metrics::text`].
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -54,27 +55,12 @@ pub(super) struct Metrics {
     tokens: Family<Tokens, Counter>,
     first_token_seconds: Histogram,
     work_seconds: Family<Part, Seconds>,
-    pub(super) passes: Counter,
-    pub(super) pass_rows: Counter,
-    pub(super) retrievals: Counter,
+    passes: Counter,
+    pass_rows: Counter,
+    retrievals: Counter,
     pub(super) cancelled: Counter,
     pub(super) reloads: Counter,
     pub(super) refused_reloads: Counter,
-}
-
-/// A part of the work that is timed.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Work {
-    /// Texts become retrieval vectors.
-    Embed,
-    /// The index is searched.
-    Search,
-    /// Memories are read and decoded.
-    Load,
-    /// The model runs.
-    Forward,
-    /// Tokens are chosen and spelt.
-    Choose,
 }
 
 fn request_seconds() -> Histogram {
@@ -149,16 +135,34 @@ impl Metrics {
         self.first_token_seconds.observe(after.as_secs_f64());
     }
 
-    /// Time spent.
-    pub(super) fn spent(&self, work: Work, time: Duration) {
-        let part = match work {
-            Work::Embed => "embed",
-            Work::Search => "search",
-            Work::Load => "load",
-            Work::Forward => "forward",
-            Work::Choose => "choose",
-        };
-        self.work_seconds.get_or_create(&Part { part }).inc_by(time.as_secs_f64());
+    /// Memories were found for so many texts.
+    pub(super) fn found(&self, texts: usize, times: Times) {
+        self.retrievals.inc_by(texts as u64);
+        self.worked(times);
+    }
+
+    /// A pass of so many tokens, and the time that tokens were chosen in.
+    pub(super) fn passed(&self, rows: usize, times: Times, choosing: Duration) {
+        self.passes.inc();
+        self.pass_rows.inc_by(rows as u64);
+        self.worked(times);
+        self.work_seconds.get_or_create(&Part { part: "choose" }).inc_by(choosing.as_secs_f64());
+    }
+
+    /// Time went.
+    pub(super) fn worked(&self, times: Times) {
+        let Times { embed, search, load, decode, attend, model, .. } = times;
+        let parts = [
+            ("embed", embed),
+            ("search", search),
+            ("load", load),
+            ("decode", decode),
+            ("attend", attend),
+            ("model", model),
+        ];
+        for (part, seconds) in parts {
+            self.work_seconds.get_or_create(&Part { part }).inc_by(seconds);
+        }
     }
 
     /// Everything in OpenMetrics' text form.

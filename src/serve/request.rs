@@ -309,8 +309,7 @@ impl Request {
 }
 
 fn tokens_of(chunker: &Chunker, text: &str, field: &'static str) -> Result<Vec<u32>, Refusal> {
-    let chunks = chunker.chunk(text).map_err(|error| Refusal::field(field, error.to_string()))?;
-    Ok(chunks.into_iter().flat_map(|chunk| chunk.tokens).collect())
+    chunker.tokens(text).map_err(|error| Refusal::field(field, error.to_string()))
 }
 
 /// The message with its content as one text.

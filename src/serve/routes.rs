@@ -18,11 +18,11 @@ use super::app::App;
 use super::batch::Note;
 use super::guard;
 use super::job::Job;
-use super::metrics::{self, Metrics, Work};
+use super::metrics::{self, Metrics};
 use super::refusal::Refusal;
 use super::request::{Ask, Kind};
 use crate::memory::RecordId;
-use crate::read::{Place, Provenance, ReadError};
+use crate::read::{Place, Provenance, Query, ReadError, Retrieval, Retriever, Times};
 
 /// How long a body may take to arrive.
 const BODY_TIME: Duration = Duration::from_secs(30);
@@ -175,12 +175,11 @@ async fn search(State(app): Shared, request: Request) -> Result<Response, Refusa
 fn find(app: &App, query: String, k: usize) -> Result<Found, ReadError> {
     let reader = app.banks.current();
     let bank = reader.bank();
-    let start = Instant::now();
-    let vector = app.embedder.embed(&[&query])?;
-    app.metrics.spent(Work::Embed, start.elapsed());
-    let start = Instant::now();
-    let hits = bank.search(&vector, k)?;
-    app.metrics.spent(Work::Search, start.elapsed());
+    let settings = Retrieval { memories: k, ..Retrieval::default() };
+    let retriever = Retriever { bank, source: &*reader, embedder: &*app.embedder, settings };
+    let mut times = Times::default();
+    let hits = retriever.search(&[Query { text: &query, guarded: &[] }], &mut times)?.pop().unwrap_or_default();
+    app.metrics.worked(times);
     let hits = hits.into_iter().enumerate().map(|(index, hit)| {
         let Provenance { text, documents } = Provenance::of(bank, hit.record)?;
         Ok(FoundRecord { rank: index + 1, record: hit.record, score: hit.score, text, documents })

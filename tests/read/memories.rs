@@ -4,7 +4,7 @@ use std::path::Path;
 
 use memory3::bank::Bank;
 use memory3::memory::RecordId;
-use memory3::read::{MemoryReader, ReadError};
+use memory3::read::{MemoryReader, MemorySource, ReadError};
 
 use crate::compile::program::{Program, repository};
 
@@ -36,7 +36,7 @@ fn loaded_memories_are_the_decoded_codes_whatever_thread_asks() {
                 let (reader, set, ids) = (&reader, &set, &ids);
                 scope.spawn(move || {
                     for five in ids.iter().cycle().skip(thread * 17).take(200).copied().collect::<Vec<_>>().chunks(5) {
-                        for (memory, &id) in reader.load(five).unwrap().iter().zip(five) {
+                        for (memory, &id) in reader.load(five).unwrap().memories.iter().zip(five) {
                             let record = reader.memory(id).unwrap();
                             assert_eq!((memory.id(), memory.count()), (id, usize::from(record.count)));
                             assert_eq!(memory.tokens(), record.tokens);
@@ -61,7 +61,7 @@ fn loaded_memories_are_the_decoded_codes_whatever_thread_asks() {
         assert_eq!(reader.counters().hits, before + 5);
         if codec == "none" {
             // bf16 from the codes and back through f32 loses nothing.
-            let memory = &reader.load(&ids[..1]).unwrap()[0];
+            let memory = &reader.load(&ids[..1]).unwrap().memories[0];
             let (keys, values) = memory.to_bf16();
             let codes = reader.memory(ids[0]).unwrap().codes;
             let side = shape.kv_heads * shape.slots * shape.head_dim;

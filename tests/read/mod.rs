@@ -1,5 +1,6 @@
-//! Reading through its public interface: memories of a bank, logits.
+//! Reading through its public interface: memories of a bank, logits, sequences, texts.
 
 mod generate;
 mod memories;
 mod model;
+mod session;

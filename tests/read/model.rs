@@ -7,7 +7,7 @@ use std::sync::Arc;
 use memory3::codec::{Codec, CodecSet};
 use memory3::memory::RecordId;
 use memory3::model::{CpuModel, DType, Device, MemorySpec, ModelConfig, RopeTable, WeightFiles, WeightReader, open};
-use memory3::read::{LoadedMemory, ReadError, ReadModel, Turn, Wanted};
+use memory3::read::{LoadedMemory, ReadError, ReadModel, Turn, Wanted, WeightedMemory};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -99,6 +99,11 @@ fn load(folder: &Path, dtype: DType) -> ReadModel {
     ReadModel::load(folder, &PREFIX, &MemorySpec::default(), dtype, 300).unwrap()
 }
 
+/// Memories that all count as in the paper.
+fn evenly(memories: &[Arc<LoadedMemory>]) -> Vec<WeightedMemory> {
+    memories.iter().cloned().map(WeightedMemory::from).collect()
+}
+
 /// `x` times a matrix of the checkpoint, and its bias where it has one.
 fn linear(reader: &mut WeightReader<'_>, name: &str, x: &[Vec<f64>], outputs: usize, bias: bool) -> Vec<Vec<f64>> {
     let depth = x[0].len();
@@ -120,7 +125,12 @@ fn rms(reader: &mut WeightReader<'_>, name: &str, x: &[Vec<f64>], width: usize, 
 }
 
 /// The definition, in f64: all of prefix and context in one pass, what each row sees said row by row.
-fn oracle(folder: &Path, context: &[u32], seen: &dyn Fn(usize) -> Vec<Arc<LoadedMemory>>) -> Vec<f64> {
+/// Gives the logits, and `[layer][row][memory]` the shares of attention that memories got, mean over heads.
+fn oracle(
+    folder: &Path,
+    context: &[u32],
+    seen: &dyn Fn(usize) -> Vec<WeightedMemory>,
+) -> (Vec<f64>, Vec<Vec<Vec<f64>>>) {
     let c = ModelConfig::from_dir(folder).unwrap();
     let files = WeightFiles::open(folder).unwrap();
     let mut reader = files.reader().unwrap();
@@ -142,7 +152,9 @@ fn oracle(folder: &Path, context: &[u32], seen: &dyn Fn(usize) -> Vec<Arc<Loaded
             }
         }
     };
+    let mut shares = Vec::new();
     for layer in 0..c.num_hidden_layers {
+        shares.push(vec![Vec::new(); context.len()]);
         let name = |part: &str| format!("model.layers.{layer}.{part}");
         let normed = rms(&mut reader, &name("input_layernorm"), &x, d, c.rms_norm_eps);
         let [wide, narrow] = [c.num_attention_heads, c.num_key_value_heads].map(|heads| heads * dim);
@@ -159,27 +171,34 @@ fn oracle(folder: &Path, context: &[u32], seen: &dyn Fn(usize) -> Vec<Arc<Loaded
         for at in 0..x.len() {
             for head in 0..c.num_attention_heads {
                 let kv = head / c.group();
-                let mut pairs: Vec<(Vec<f64>, Vec<f64>)> = Vec::new();
+                // Key, value, weight, and which memory they belong to.
+                let mut pairs: Vec<(Vec<f64>, Vec<f64>, f64, Option<usize>)> = Vec::new();
                 for j in 0..=at {
-                    pairs.push((k[j][kv * dim..][..dim].to_vec(), v[j][kv * dim..][..dim].to_vec()));
+                    pairs.push((k[j][kv * dim..][..dim].to_vec(), v[j][kv * dim..][..dim].to_vec(), 1.0, None));
                 }
                 // Memories: only in the memory layers (the first half), and only for the context.
                 if at >= r && layer < c.num_hidden_layers / 2 {
-                    for memory in seen(at - r) {
+                    for (number, WeightedMemory { memory, weight }) in seen(at - r).into_iter().enumerate() {
                         for slot in 0..memory.count() {
-                            let from = (kv * 8 + slot) * dim;
+                            let from = (kv * memory.shape().slots + slot) * dim;
                             let wide = |x: &[f32]| x[from..from + dim].iter().map(|x| f64::from(*x)).collect();
-                            pairs.push((wide(memory.keys(layer)), wide(memory.values(layer))));
+                            let (key, value) = (wide(memory.keys(layer)), wide(memory.values(layer)));
+                            pairs.push((key, value, f64::from(weight), Some(number)));
                         }
                     }
                 }
                 let logit = |k: &[f64]| {
                     q[at][head * dim..][..dim].iter().zip(k).map(|(q, k)| q * k).sum::<f64>() / (dim as f64).sqrt()
                 };
-                let weights: Vec<f64> = pairs.iter().map(|(k, _)| logit(k).exp()).collect();
+                let weights: Vec<f64> = pairs.iter().map(|(k, _, weight, _)| weight * logit(k).exp()).collect();
                 let total: f64 = weights.iter().sum();
-                for (weight, (_, v)) in weights.iter().zip(&pairs) {
+                for (weight, (_, v, _, memory)) in weights.iter().zip(&pairs) {
                     attended[at][head * dim..][..dim].iter_mut().zip(v).for_each(|(o, v)| *o += weight / total * v);
+                    if let Some(memory) = memory {
+                        let row: &mut Vec<f64> = &mut shares[layer][at - r];
+                        row.resize(row.len().max(memory + 1), 0.0);
+                        row[*memory] += weight / total / c.num_attention_heads as f64;
+                    }
                 }
             }
         }
@@ -197,7 +216,7 @@ fn oracle(folder: &Path, context: &[u32], seen: &dyn Fn(usize) -> Vec<Arc<Loaded
     }
     let normed = rms(&mut reader, "model.norm", &x, d, c.rms_norm_eps);
     let head = if c.tie_word_embeddings { "model.embed_tokens" } else { "lm_head" };
-    linear(&mut reader, head, &normed[r..], c.vocab_size, false).concat()
+    (linear(&mut reader, head, &normed[r..], c.vocab_size, false).concat(), shares)
 }
 
 #[test]
@@ -207,16 +226,16 @@ fn logits_with_memories_that_change_are_those_of_the_naive_oracle_in_chunks_and_
         let (all, text) = (memories(folder.path()), tokens(9, 30, 160));
         // Tokens 0..12 see three memories, 12..20 none, 20..30 one other and the short one.
         let parts = [(0..12, all[..3].to_vec()), (12..20, vec![]), (20..30, vec![all[3].clone(), all[1].clone()])];
-        let seen = |at: usize| parts.iter().find(|(range, _)| range.contains(&at)).unwrap().1.clone();
-        let expected = oracle(folder.path(), &text, &seen);
-        let without = oracle(folder.path(), &text, &|_| vec![]);
+        let seen = |at: usize| evenly(&parts.iter().find(|(range, _)| range.contains(&at)).unwrap().1);
+        let (expected, _) = oracle(folder.path(), &text, &seen);
+        let (without, _) = oracle(folder.path(), &text, &|_| vec![]);
         let differ = expected.iter().zip(&without).fold(0.0_f64, |max, (a, b)| max.max((a - b).abs()));
         assert!(differ > 1e-2, "{family}: memories must matter here, {differ}");
         let model = load(folder.path(), DType::F32);
         let run = |step: usize| {
             let (mut context, mut found) = (model.context().unwrap(), Vec::new());
             for (range, memories) in &parts {
-                model.set_memories(&mut context, memories.clone()).unwrap();
+                model.set_memories(&mut context, evenly(memories)).unwrap();
                 for tokens in text[range.clone()].chunks(step) {
                     found.extend(model.forward(&mut [Turn { context: &mut context, tokens }], Wanted::All).unwrap());
                 }
@@ -232,6 +251,53 @@ fn logits_with_memories_that_change_are_those_of_the_naive_oracle_in_chunks_and_
 }
 
 #[test]
+fn weights_are_factors_of_the_softmax_and_attention_is_what_the_oracle_counts() {
+    for family in ["llama", "qwen3", "paper"] {
+        let (folder, _) = whole(family);
+        let (all, text) = (memories(folder.path()), tokens(9, 30, 160));
+        let model = load(folder.path(), DType::F32);
+        for weights in [[1.0_f32; 4], [0.25, 3.0, 1.0, 0.5], [0.0, 1.0, 7.5, 0.0]] {
+            let weighed: Vec<WeightedMemory> = all
+                .iter()
+                .zip(weights)
+                .map(|(memory, weight)| WeightedMemory { memory: memory.clone(), weight })
+                .collect();
+            let (expected, shares) = oracle(folder.path(), &text, &|_| weighed.clone());
+            let mut context = model.context().unwrap();
+            context.watch();
+            model.set_memories(&mut context, weighed).unwrap();
+            let mut found = Vec::new();
+            for tokens in [&text[..21], &text[21..22], &text[22..]] {
+                found.extend(model.forward(&mut [Turn { context: &mut context, tokens }], Wanted::All).unwrap());
+            }
+            let difference = worst(&found, &expected);
+            println!("{family} {weights:?}: greatest difference {difference:.2e}");
+            assert!(difference < 1e-4, "{family} {weights:?}: {difference}");
+            let attention = context.take_attention().unwrap();
+            assert_eq!(attention.len(), shares.len() / 2, "memory layers");
+            for (layer, (found, rows)) in attention.iter().zip(&shares).enumerate() {
+                for (memory, found) in found.iter().enumerate() {
+                    let expected = rows.iter().map(|row| row[memory]).sum::<f64>() / rows.len() as f64;
+                    assert!((found - expected).abs() < 1e-5, "{family} layer {layer} {memory}: {found} {expected}");
+                    assert_eq!(*found == 0.0, weights[memory] == 0.0);
+                }
+            }
+            assert!(context.take_attention().is_none(), "it was taken");
+        }
+        // Weight 0 is as if the memory were not there.
+        let run = |memories: Vec<WeightedMemory>| {
+            let mut context = model.context().unwrap();
+            model.set_memories(&mut context, memories).unwrap();
+            model.forward(&mut [Turn { context: &mut context, tokens: &text }], Wanted::All).unwrap()
+        };
+        let without: Vec<f64> = run(evenly(&all[1..])).iter().map(|x| f64::from(*x)).collect();
+        let mut with = evenly(&all);
+        with[0].weight = 0.0;
+        assert!(worst(&run(with), &without) < 5e-6, "{family}");
+    }
+}
+
+#[test]
 fn the_order_of_memories_changes_nothing_but_the_last_bits() {
     for family in ["llama", "qwen3", "paper"] {
         let (folder, _) = whole(family);
@@ -239,7 +305,8 @@ fn the_order_of_memories_changes_nothing_but_the_last_bits() {
         let model = load(folder.path(), DType::F32);
         let run = |order: &[usize]| {
             let mut context = model.context().unwrap();
-            model.set_memories(&mut context, order.iter().map(|&m| all[m].clone()).collect()).unwrap();
+            let memories: Vec<_> = order.iter().map(|&m| all[m].clone()).collect();
+            model.set_memories(&mut context, evenly(&memories)).unwrap();
             model.forward(&mut [Turn { context: &mut context, tokens: &text }], Wanted::All).unwrap()
         };
         let first: Vec<f64> = run(&[0, 1, 2, 3]).iter().map(|x| f64::from(*x)).collect();
@@ -260,7 +327,7 @@ fn a_sequence_gives_the_same_bits_alone_and_in_a_batch() {
         let texts = [tokens(5, 20, 160), tokens(6, 1, 160), tokens(7, 33, 160)];
         let context = |at: usize| {
             let mut context = model.context().unwrap();
-            model.set_memories(&mut context, all[..at].to_vec()).unwrap();
+            model.set_memories(&mut context, evenly(&all[..at])).unwrap();
             context
         };
         let mut contexts = [context(0), context(1), model.plain_context()];
@@ -307,7 +374,7 @@ fn a_bf16_record_reads_as_the_same_tokens_of_a_dense_run() {
     let run = |vectors| {
         let memory = LoadedMemory::new(memory.id(), shape, 8, vectors, memory.tokens().to_vec());
         let mut context = model.context().unwrap();
-        model.set_memories(&mut context, vec![Arc::new(memory)]).unwrap();
+        model.set_memories(&mut context, vec![Arc::new(memory).into()]).unwrap();
         model.forward(&mut [Turn { context: &mut context, tokens: &text }], Wanted::All).unwrap()
     };
     assert!(bits(&run(picked)) == bits(&run(set.decode_memory(&codes, 8, &shape))));
@@ -342,8 +409,12 @@ fn what_cannot_be_run_is_refused_and_leaves_the_context_as_it_was() {
     assert_eq!(forward(&[1; 169]).unwrap().len(), 160);
     assert_eq!(context.tokens().len(), 169);
     let mut plain = model.plain_context();
-    assert!(matches!(model.set_memories(&mut plain, memories(folder.path())), Err(ReadError::NoMemories)));
-    let other = memories(whole("paper").0.path());
+    assert!(matches!(model.set_memories(&mut plain, evenly(&memories(folder.path()))), Err(ReadError::NoMemories)));
+    let weigh = |weight| vec![WeightedMemory { memory: memories(folder.path()).remove(0), weight }];
+    for weight in [-1.0, f32::NAN, f32::INFINITY] {
+        assert!(matches!(model.set_memories(&mut context, weigh(weight)), Err(ReadError::Weight { .. })));
+    }
+    let other = evenly(&memories(whole("paper").0.path()));
     assert!(matches!(model.set_memories(&mut context, other), Err(ReadError::Shape { .. })));
     assert!(matches!(ReadModel::load_plain(folder.path(), DType::F32, 513), Err(ReadError::Positions { .. })));
 }

@@ -19,13 +19,16 @@ fn generated(program: &Program, prompt: &str, args: &[&str]) -> Value {
     found["texts"][0].clone()
 }
 
-/// Records of each retrieval, in `memory3 generate` or here.
-fn records(references: &Value) -> Vec<Vec<String>> {
+/// Where each retrieval comes into force, and its records; `memory3 generate` tells of memories that are inherited, too.
+fn retrievals(readings: &[Value], first: impl Fn(&Value) -> &Value, records: &str) -> Vec<(u64, Vec<String>)> {
     let of = |one: &Value| {
-        let records = one["records"].as_array().unwrap();
-        records.iter().map(|record| record["record"].as_str().unwrap().to_owned()).collect()
+        let records = one[records].as_array().unwrap().iter();
+        let records = records.map(|record| record["record"].as_str().unwrap().to_owned()).collect();
+        (first(one).as_u64().unwrap(), records)
     };
-    references.as_array().unwrap().iter().map(of).collect()
+    let mut found: Vec<(u64, Vec<String>)> = readings.iter().map(of).collect();
+    found.dedup_by(|next, before| next.1 == before.1);
+    found
 }
 
 /// The pieces of a text in a stream, and the reasons why it ended.
@@ -66,9 +69,14 @@ fn completions_are_those_of_generate_whatever_is_read_beside_them() {
             assert!(choice["memory3"].is_null(), "{choice}");
             return;
         }
-        let references = &choice["memory3"]["references"];
-        assert_eq!(records(references), records(&expected["references"]));
-        assert_eq!(references[0]["query"], expected["references"][0]["query"]);
+        let references = choice["memory3"]["references"].as_array().unwrap();
+        let readings = expected["readings"].as_array().unwrap();
+        assert_eq!(
+            retrievals(references, |one| &one["first_token"], "records"),
+            retrievals(readings, |one| &one["tokens"][0], "references")
+        );
+        assert_eq!(references.len() as u64, expected["retrievals"].as_u64().unwrap());
+        assert_eq!(references[0]["query"], readings[0]["query"]);
         let record = &references[0]["records"][0];
         assert!(record["text"].is_string() && record["documents"][0]["document"].is_string(), "{record}");
     };
@@ -189,5 +197,5 @@ fn searches_are_those_of_the_verb_and_models_are_listed() {
     assert_eq!(server.metric("memory3_http_requests_total{route=\"/v1/models/{*name}\",status=\"404\"}"), 1.0);
     assert_eq!(server.metric("memory3_tokens_total{kind=\"completion\"}"), 16.0);
     assert_eq!(server.metric("memory3_cache_hits_total") + server.metric("memory3_cache_misses_total"), 5.0);
-    assert!(server.metric("memory3_work_seconds_total{part=\"forward\"}") > 0.0);
+    assert!(server.metric("memory3_work_seconds_total{part=\"model\"}") > 0.0);
 }

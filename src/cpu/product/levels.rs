@@ -7,7 +7,7 @@
 #![allow(unsafe_code)]
 
 use super::{Activation, CELLS, Cells, Line, PackedMatrix, PackedRows, RUN, Rows, Sink, TILE, Tiles};
-use crate::cpu::attention::{Attend, Mask, Room, grown};
+use crate::cpu::attention::{Attend, Buffers, Mask, grown};
 use crate::cpu::lanes::Lanes;
 use crate::cpu::math;
 
@@ -95,8 +95,8 @@ macro_rules! level {
             splat_cell, store, transpose_square,
         };
         use super::super::{
-            Activation, Attend, CELLS, Cells, Lanes, Line, Mask, PackedMatrix, PackedRows, RUN, Room, Rows, Sink, TILE, Tiles,
-                        $join as join, grown, math, padded, prefetch, put,
+            Activation, Attend, Buffers, CELLS, Cells, Lanes, Line, Mask, PackedMatrix, PackedRows, RUN, Rows, Sink, TILE,
+            Tiles, $join as join, grown, math, padded, prefetch, put,
         };
 
         const ROWS: usize = $rows;
@@ -187,25 +187,27 @@ macro_rules! level {
             }
         }
 
-        /// Packs the rows into `packed`, whose sizes are set.
+        /// Makes room in `packed`, whose sizes are set.
         $(#[$attr])*
-        pub(in super::super::super) fn pack(rows: Rows<'_>, packed: &mut PackedRows) {
-            let depth = packed.depth;
+        pub(in super::super::super) fn prepare(packed: &mut PackedRows) {
             packed.rows_in_group = ROWS;
             packed.resize();
-            for g in 0..packed.groups() {
-                let range = packed.range(g);
-                let (first, group) = (range.start, packed.group_mut(g));
-                for i in 0..range.len() {
-                    let row = &rows.data[(first + i) * rows.stride..][..depth];
-                    let (whole, rest) = row.as_chunks::<VALUES>();
-                    let mut places = group[i..].iter_mut().step_by(ROWS);
-                    for (values, cells) in whole.iter().zip(places.by_ref()) {
-                        *cells = cells_of(values);
-                    }
-                    if let Some(cells) = places.next() {
-                        *cells = cells_of(&padded(rest));
-                    }
+        }
+
+        /// Packs the rows of a group.
+        $(#[$attr])*
+        pub(in super::super::super) fn pack(
+            rows: Rows<'_>, range: std::ops::Range<usize>, depth: usize, group: &mut [Cells],
+        ) {
+            for (i, row) in range.enumerate() {
+                let row = &rows.data[row * rows.stride..][..depth];
+                let (whole, rest) = row.as_chunks::<VALUES>();
+                let mut places = group[i..].iter_mut().step_by(ROWS);
+                for (values, cells) in whole.iter().zip(places.by_ref()) {
+                    *cells = cells_of(values);
+                }
+                if let Some(cells) = places.next() {
+                    *cells = cells_of(&padded(rest));
                 }
             }
         }
@@ -232,10 +234,10 @@ macro_rules! level {
             let gated = matrix.activation == Activation::Gated;
             let width = if gated { TILE / 2 } else { TILE };
             match sink {
-                Sink::Rows { out, first_row } => {
+                Sink::Rows { out, stride, origin, first_row } => {
                     let columns = t * width..((t + 1) * width).min(matrix.columns);
                     for (i, Line(sums)) in lines.iter().enumerate() {
-                        let out = &mut out[(*first_row + i) * matrix.columns..][columns.clone()];
+                        let out = &mut out[(*first_row + i) * *stride + columns.start - *origin..][..columns.len()];
                         if gated {
                             put::<{ TILE / 2 }>(&sums.as_chunks().0[0], out);
                         } else {
@@ -268,21 +270,21 @@ macro_rules! level {
             }
         }
 
-        /// Multiplies `groups` of the rows.
+        /// Multiplies groups of the rows by tiles of the matrix.
         $(#[$attr])*
         pub(in super::super::super) fn multiply(
-            matrix: &PackedMatrix, rows: &PackedRows, groups: std::ops::Range<usize>, sink: &mut Sink<'_>,
+            matrix: &PackedMatrix, rows: &PackedRows,
+            (groups, tiles): (std::ops::Range<usize>, std::ops::Range<usize>), sink: &mut Sink<'_>,
             sums: &mut [Line<f32>],
         ) {
             assert!(rows.rows_in_group == ROWS, "rows were packed for another level");
             if let Sink::Packed(packed) = &mut *sink {
-                packed.rows_in_group = ROWS;
-                packed.resize();
+                prepare(packed);
             }
             let steps = matrix.steps;
             let run_steps = steps.div_ceil(steps.div_ceil(RUN)).next_multiple_of(CELLS);
-            let mut ahead = &matrix.values[..];
-            for (t, (tile, bias)) in matrix.values.chunks_exact(steps).zip(&matrix.bias).enumerate() {
+            let mut ahead = &matrix.values[tiles.start * steps..tiles.end * steps];
+            for (t, (tile, bias)) in tiles.clone().zip(ahead.chunks_exact(steps).zip(&matrix.bias[tiles])) {
                 for (run, tile) in tile.chunks(run_steps).enumerate() {
                     let (start, last) = ((run == 0).then_some(bias), (run + 1) * run_steps >= steps);
                     ahead = &ahead[tile.len()..];
@@ -309,14 +311,15 @@ macro_rules! level {
         /// Packs rows as columns: `[tile][step][TILE]`.
         $(#[$attr])*
         pub(in super::super::super) fn pack_columns<'a>(
-            count: usize, depth: usize, row: &dyn Fn(usize) -> &'a [f32], tiles: &mut Tiles,
+            new: std::ops::Range<usize>, depth: usize, row: &dyn Fn(usize) -> &'a [f32], tiles: &mut Tiles,
         ) {
-            tiles.steps = depth.div_ceil($values);
-            let steps = tiles.steps;
+            let (steps, count) = (depth.div_ceil($values), new.end);
+            tiles.steps = steps;
             let values = tiles.resize(count.div_ceil(TILE));
-            for (t, tile) in values.chunks_exact_mut(steps).enumerate() {
+            for (t, tile) in values.chunks_exact_mut(steps).enumerate().skip(new.start / TILE) {
                 // Four columns at a time.
-                for first in (0..TILE).step_by(4) {
+                let begin = new.start.saturating_sub(t * TILE) / 4 * 4;
+                for first in (begin..TILE.min(count - t * TILE)).step_by(4) {
                     let rows = [0, 1, 2, 3].map(|i| {
                         let column = t * TILE + first + i;
                         if column < count { &row(column)[..depth] } else { &[] }
@@ -341,12 +344,12 @@ macro_rules! level {
         /// Packs rows as steps, so that a product sums over them: `[tile][step][TILE]`.
         $(#[$attr])*
         pub(in super::super::super) fn pack_steps<'a>(
-            count: usize, width: usize, row: &dyn Fn(usize) -> &'a [f32], tiles: &mut Tiles,
+            new: std::ops::Range<usize>, width: usize, row: &dyn Fn(usize) -> &'a [f32], tiles: &mut Tiles,
         ) {
-            tiles.steps = count.div_ceil($values);
-            let steps = tiles.steps;
-            let values = tiles.resize(width.div_ceil(TILE));
-            for step in 0..steps {
+            let (first, end, count) = (new.start / $values, new.end.div_ceil($values), new.end);
+            tiles.lengthen(width.div_ceil(TILE), first, end);
+            let (steps, values) = (tiles.steps, &mut tiles.values[..]);
+            for step in first..end {
                 let low = &row(step * $values)[..width];
                 let high = if step * $values + 1 < count { &row(step * $values + 1)[..width] } else { &[] };
                 for (half, places) in (0..values.len() / steps * (TILE / CELLS)).zip((0..).step_by(CELLS)) {
@@ -374,12 +377,12 @@ macro_rules! level {
 
         /// Attention of all queries: see `attention.rs`.
         $(#[$attr])*
-        pub(in super::super::super) fn attend(task: &Attend<'_>, room: &mut Room, out: &mut [f32]) {
-            let Attend { keys, values, queries, count, dim, scale, mask, stride } = *task;
-            let (tiles, found_tiles) = (count.div_ceil(TILE), dim.div_ceil(TILE));
-            let logits = grown(&mut room.logits, ROWS * tiles, Line([0.0; TILE]));
-            let weights = grown(&mut room.weights, ROWS * tiles * (TILE / VALUES), Cells([0; CELLS]));
-            let found = grown(&mut room.found, ROWS * found_tiles, Line([0.0; TILE]));
+        pub(in super::super::super) fn attend(task: &Attend<'_>, buffers: &mut Buffers, out: &mut [f32]) {
+            let Attend { keys, values, bias, queries, count, width, scale, mask, stride } = *task;
+            let (tiles, found_tiles) = (count.div_ceil(TILE), width.div_ceil(TILE));
+            let logits = grown(&mut buffers.logits, ROWS * tiles, Line([0.0; TILE]));
+            let weights = grown(&mut buffers.weights, ROWS * tiles * (TILE / VALUES), Cells([0; CELLS]));
+            let found = grown(&mut buffers.found, ROWS * found_tiles, Line([0.0; TILE]));
             let seen = |query: usize| match mask {
                 Mask::None => count,
                 Mask::Causal { first } => (first + query + 1).min(count),
@@ -395,6 +398,9 @@ macro_rules! level {
                 for i in 0..range.len() {
                     let line = &mut logits[i * tiles..][..tiles];
                     let seen = seen(range.start + i);
+                    for (logits, bias) in line.iter_mut().zip(bias) {
+                        math::add_times::<Vector>(logits, bias, 1.0);
+                    }
                     totals[i] = math::exponentials::<Vector>(line, seen, scale);
                     for (t, Line(values)) in line.iter().enumerate() {
                         for b in 0..TILE / VALUES {
@@ -412,7 +418,7 @@ macro_rules! level {
                 // 4. shares of the totals
                 for i in 0..range.len() {
                     let share = 1.0 / totals[i];
-                    let out = &mut out[(range.start + i) * stride..][..dim];
+                    let out = &mut out[(range.start + i) * stride..][..width];
                     for (out, found) in out.chunks_mut(TILE).zip(&found[i * found_tiles..]) {
                         let mut shares = Line([0.0; TILE]);
                         math::add_times::<Vector>(&mut shares, found, share);
