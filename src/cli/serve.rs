@@ -23,15 +23,16 @@ const LEAST_TOKEN: usize = 16;
 #[command(after_help = "\
 Examples:
   memory3 serve --bank banks/kb --model models/llama
-  memory3 serve --listen 127.0.0.1:0 --json                  a free port; where it listens, as JSON
+  memory3 serve --listen 127.0.0.1:0 --json                 a free port; where it listens, as JSON
   memory3 serve --listen 0.0.0.0:8377 --token-file /etc/memory3/token
 
   curl http://127.0.0.1:8377/v1/completions -H 'content-type: application/json' \\
       -d '{\"prompt\": \"The lighthouse of Thole\", \"max_tokens\": 32, \"stream\": true}'
 
-Other machines are served only with a token, which is read from --token-file or MEMORY3_TOKEN. A new generation of the bank is
-taken up while requests go on. SIGTERM and Ctrl-C let requests under way end first; SIGHUP looks for a new generation now.
-Exit codes: 0 stopped in order; 1 requests were cut off; 2 could not run. Time limits are set in pipeline.toml, [serve].")]
+Other machines are served only with a token, from --token-file or MEMORY3_TOKEN. A new generation
+of the bank is taken up while requests go on; SIGHUP looks for one now. SIGTERM and Ctrl-C let
+requests under way end first. Time limits are set in pipeline.toml, section [serve].
+Exit codes: 0 stopped in order; 1 requests were cut off; 2 could not run.")]
 pub struct ServeArgs {
     #[command(flatten)]
     bank: BankArg,
@@ -102,7 +103,15 @@ pub fn run(global: &Global, args: &ServeArgs) -> anyhow::Result<Outcome> {
     let dtype: DType = config.model.dtype.parse()?;
     let model = load_model(Some(reader.bank()), &dir, &chunker, dtype, before + config.serve.max_context)?;
     let parts = Parts { model, chunker, model_dir: dir, embedder, reader, token };
-    let is_json = global.json;
+    let (is_json, manifest) = (global.json, parts.reader.bank().manifest());
+    tracing::info!(
+        "{}, with room for {} tokens; {}: generation {}, {} records",
+        config.serve.name,
+        config.serve.max_context,
+        parts.reader.bank().dir().display(),
+        manifest.generation,
+        output::thousands(manifest.counts.records)
+    );
     let server = Server::new(parts, config.serve)?;
     let mut told = Ok(());
     let ended = server.run(|address| told = announce(is_json, address))?;
@@ -172,6 +181,8 @@ fn token(config: &ServeConfig) -> anyhow::Result<Option<String>> {
 
 /// The last part of a folder's name.
 fn name_of(dir: &Path) -> anyhow::Result<String> {
-    let whole = dir.canonicalize().with_context(|| format!("{}: cannot be read", dir.display()))?;
+    let whole = dir
+        .canonicalize()
+        .with_context(|| format!("{}: no model here; name its folder with --model", dir.display()))?;
     Ok(whole.file_name().map_or_else(|| "memory3".to_owned(), |name| name.to_string_lossy().into_owned()))
 }

@@ -205,14 +205,14 @@ impl Collector for BankCollector {
         let mut tell = |name: &str, help: &str, metric: &dyn EncodeMetric| {
             metric.encode(encoder.encode_descriptor(name, help, None, metric.metric_type())?)
         };
-        tell("bank_generation", "Generation that new requests get", &now(manifest.generation))?;
-        tell("bank_refused_generation", "Published, but not served: see /health; 0: none", &now(refused))?;
-        tell("bank_records", "Its records", &now(manifest.counts.records))?;
-        tell("cache_hits", "Memories found in RAM, of this generation", &ConstCounter::new(cache.hits))?;
-        tell("cache_misses", "Memories decoded, of this generation", &ConstCounter::new(cache.misses))?;
-        tell("cache_evictions", "Memories that made room, of this generation", &ConstCounter::new(cache.evictions))?;
-        tell("cache_memories", "Memories in RAM", &now(cache.memories as u64))?;
-        tell("cache_bytes", "Their bytes", &now(cache.bytes as u64))?;
-        tell("cache_capacity_bytes", "Bytes there may be", &now(cache.capacity as u64))
+        tell("bank_generation", "Generation that new requests get.", &now(manifest.generation))?;
+        tell("bank_refused_generation", "Published, but not served: see /health; 0: none.", &now(refused))?;
+        tell("bank_records", "Its records.", &now(manifest.counts.records))?;
+        tell("cache_hits", "Memories found in RAM, of this generation.", &ConstCounter::new(cache.hits))?;
+        tell("cache_misses", "Memories decoded, of this generation.", &ConstCounter::new(cache.misses))?;
+        tell("cache_evictions", "Memories that made room, of this generation.", &ConstCounter::new(cache.evictions))?;
+        tell("cache_memories", "Memories in RAM.", &now(cache.memories as u64))?;
+        tell("cache_bytes", "Their bytes.", &now(cache.bytes as u64))?;
+        tell("cache_capacity_bytes", "Bytes there may be.", &now(cache.capacity as u64))
     }
 }

@@ -295,7 +295,7 @@ impl Request {
             let wanted = asked.unwrap_or(1);
             if wanted > room {
                 let message = format!(
-                    "the prompt has {} tokens, of which {wanted} more are asked for; this server has room for {}",
+                    "the prompt has {} tokens, and {wanted} more are asked for; this server has room for {} in all",
                     bos + tokens.len(),
                     config.max_context
                 );

@@ -19,7 +19,7 @@ fn bad_requests_are_refused_by_field_and_change_nothing() {
         (json!({"prompt": []}), "prompt", "nothing"),
         (with("prompt", json!(7)), "", "prompt: a text"),
         (with("prompt", json!([1, 1_000_000])), "prompt", "token 1000000"),
-        (with("prompt", json!("word ".repeat(500))), "prompt", "room for 200"),
+        (with("prompt", json!("word ".repeat(500))), "prompt", "room for 200 in all"),
         (with("max_tokens", json!(0)), "max_tokens", "choose 1 to 100"),
         (with("max_tokens", json!(101)), "max_tokens", "choose 1 to 100"),
         (with("max_tokens", json!(-1)), "", "invalid value"),
