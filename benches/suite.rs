@@ -20,6 +20,8 @@
 mod blas;
 #[path = "suite/codec.rs"]
 mod codec;
+#[path = "suite/decoder.rs"]
+mod decoder;
 #[path = "suite/embed.rs"]
 mod embed;
 #[path = "suite/forward.rs"]
@@ -58,12 +60,13 @@ struct Bench {
     run: fn(Effort) -> Table,
 }
 
-const BENCHES: [Bench; 8] = [
+const BENCHES: [Bench; 9] = [
     Bench { name: "product", one_thread: true, run: product::run },
     Bench { name: "select", one_thread: true, run: select::run },
     Bench { name: "codec", one_thread: true, run: codec::run },
     Bench { name: "training", one_thread: false, run: training::run },
     Bench { name: "forward", one_thread: true, run: forward::run },
+    Bench { name: "decoder", one_thread: true, run: decoder::run },
     Bench { name: "embed", one_thread: true, run: embed::run },
     Bench { name: "read", one_thread: true, run: read::run },
     Bench { name: "gpu", one_thread: false, run: gpu::run },

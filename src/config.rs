@@ -36,6 +36,8 @@ pub struct Config {
     pub retrieval: RetrievalConfig,
     /// Where the result goes.
     pub bank: BankConfig,
+    /// What a generation must be like to be published.
+    pub quality: QualityConfig,
     /// How the work is done; none of it changes the result.
     pub run: RunConfig,
     /// How the server listens, and how much it takes on.
@@ -124,6 +126,18 @@ pub struct BankConfig {
     pub keep_generations: u32,
 }
 
+/// Section `[quality]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct QualityConfig {
+    /// Memories that are read back before a generation is published; 0: none.
+    pub sample: usize,
+    /// Refuse to publish if the attention of a layer errs by more than this share.
+    pub max_attention_error: Option<f64>,
+    /// Refuse to publish if the model's next tokens diverge by more than this, in nats a token.
+    pub max_kl: Option<f64>,
+}
+
 /// Section `[run]`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -191,6 +205,12 @@ impl Default for BankConfig {
     fn default() -> Self {
         // 8 192 records of the paper's shape are 320 MB: the most that a killed run repeats.
         Self { path: PathBuf::from("."), records_per_shard: 8192, max_shrink: 0.1, keep_generations: 4 }
+    }
+}
+
+impl Default for QualityConfig {
+    fn default() -> Self {
+        Self { sample: 8, max_attention_error: None, max_kl: None }
     }
 }
 
@@ -304,6 +324,17 @@ impl Config {
         let (shrink, keep) = (self.bank.max_shrink, self.bank.keep_generations);
         check((0.0..=1.0).contains(&shrink), "bank.max_shrink", &shrink, "choose 0 to 1")?;
         check(keep > 0, "bank.keep_generations", &keep, "choose 1 or more")?;
+        let (sample, most) = (self.quality.sample, 4096);
+        check(sample <= most, "quality.sample", &sample, "choose 0 (none) to 4096")?;
+        let limits = [
+            ("quality.max_attention_error", self.quality.max_attention_error),
+            ("quality.max_kl", self.quality.max_kl),
+        ];
+        for (field, limit) in limits {
+            let limit = limit.unwrap_or(0.0);
+            check(limit >= 0.0, field, &limit, "choose 0 or more, or leave it out")?;
+            check(limit == 0.0 || sample > 0, field, &limit, "nothing is measured while quality.sample is 0")?;
+        }
         check(
             (1..=4096).contains(&self.run.batch_chunks),
             "run.batch_chunks",

@@ -11,6 +11,7 @@ use std::time::Instant;
 mod codec_training;
 mod error;
 mod estimate;
+mod gate;
 mod plan;
 mod progress;
 mod reencode;
@@ -21,6 +22,7 @@ mod survey;
 
 pub use error::{Origin, PipelineError};
 pub use estimate::{BankSizes, CodecOutlook, DiskNeeds, Estimate, MemoryNeeds, StageTime, TimeOutlook, estimate};
+pub(crate) use gate::READING;
 pub use plan::{Mode, Plan};
 pub use progress::{Phase, Progress, StageMeter, StopFlag};
 pub use reencode::{Differing, Reencoding, reencode};
@@ -170,7 +172,7 @@ pub fn compile(
         stop,
     };
     let result = stages.run(&writer, &mut ledger);
-    let writer = writer.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut writer = writer.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
     let totals = match result {
         Ok(totals) => totals,
         Err(error) => {
@@ -192,13 +194,15 @@ pub fn compile(
 
     // 5. Publish.
     progress.enter(Phase::Publish);
+    let tombstones = writer.still_unclaimed(std::mem::take(&mut run.plan.dead))?;
+    let quality = gate::check(config, &opened, &codec.set, &mut writer, &tombstones, &progress.gate)?;
     let input = PublishInput {
         codec: codec.description(),
         codec_files: codec.set.files(),
         prefix: opened.encoder.prefix().to_safetensors_bytes()?,
         retrieval,
-        tombstones: writer.still_unclaimed(std::mem::take(&mut run.plan.dead))?,
-        quality: std::collections::BTreeMap::new(),
+        tombstones,
+        quality,
         keep_generations: config.bank.keep_generations,
     };
     let records = usize::try_from(writer.records()).unwrap_or(usize::MAX);

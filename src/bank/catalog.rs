@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
+use tempfile::TempDir;
+
 use crate::bank::documents::RowId;
 use crate::bank::error::BankError;
 use crate::bank::shard::Shard;
@@ -105,12 +107,36 @@ impl Catalog {
         Ok(())
     }
 
-    /// Was it built from exactly these shards (number and BLAKE3 in hexadecimal)?
+    /// Opens a copy, which is gone with the folder that is returned: to look at it disturbs no writer and mends nothing.
+    /// Nobody may write the catalog meanwhile.
+    ///
+    /// # Errors
+    /// [`BankError::Catalog`] if it is damaged; [`BankError::Io`].
+    pub(crate) fn open_copy(dir: &Path) -> Result<(TempDir, Self), BankError> {
+        let path = Self::path(dir);
+        let folder = tempfile::tempdir().map_err(BankError::io(&std::env::temp_dir(), "make a folder in"))?;
+        copy_folder(&path, folder.path())?;
+        let catalog = Self::open_once(folder.path()).map_err(|error| match error {
+            BankError::Catalog { action, source, .. } => BankError::Catalog { path, action, source },
+            other => other,
+        })?;
+        Ok((folder, catalog))
+    }
+
+    /// How many shards it knows besides these (number and BLAKE3 in hexadecimal), all of them numbered `next_shard` or
+    /// higher, which are an interrupted compile's; nothing if it does not know all of these, or others.
     ///
     /// # Errors
     /// [`BankError::Catalog`].
-    pub(crate) fn is_of(&self, shards: &[(u32, &str)]) -> Result<bool, BankError> {
-        Ok(self.is_part_of(shards)? && self.shards.len() == shards.len())
+    pub(crate) fn beyond(&self, shards: &[(u32, &str)], next_shard: u32) -> Result<Option<usize>, BankError> {
+        let unpublished = |number: u32| number >= next_shard;
+        let known = self.knows_only(shards, unpublished)?;
+        for (number, _) in shards {
+            if !self.shards.contains_key(number.to_le_bytes()).map_err(self.error("read"))? {
+                return Ok(None);
+            }
+        }
+        Ok(known.then(|| self.shards.len() - shards.len()))
     }
 
     /// Makes it the catalog of exactly these shards, reading those that it does not know; starts afresh if it knows
@@ -120,7 +146,7 @@ impl Catalog {
     /// [`BankError::Catalog`], [`BankError::Corrupt`] from the shards.
     pub(crate) fn bring_up_to_date(mut self, shards: &[(&Shard, &str)]) -> Result<(Self, usize), BankError> {
         let listed: Vec<(u32, &str)> = shards.iter().map(|(shard, hash)| (shard.number(), *hash)).collect();
-        if !self.is_part_of(&listed)? {
+        if !self.knows_only(&listed, |_| false)? {
             let path = self.path.clone();
             drop(self);
             fs::remove_dir_all(&path).map_err(BankError::io(&path, "remove"))?;
@@ -209,13 +235,15 @@ impl Catalog {
         Ok(())
     }
 
-    fn is_part_of(&self, shards: &[(u32, &str)]) -> Result<bool, BankError> {
-        let listed: HashMap<[u8; 4], &str> =
-            shards.iter().map(|(number, hash)| (number.to_le_bytes(), *hash)).collect();
+    /// Is every shard that it knows one of these, or one whose number may be any?
+    fn knows_only(&self, shards: &[(u32, &str)], any: impl Fn(u32) -> bool) -> Result<bool, BankError> {
+        let listed: HashMap<u32, &str> = shards.iter().copied().collect();
         for entry in self.shards.iter() {
             let (key, value) = entry.map_err(self.error("read"))?;
-            let hash = <[u8; 4]>::try_from(&*key).ok().and_then(|key| listed.get(&key));
-            if hash.is_none_or(|hash| hash.as_bytes() != &*value) {
+            let known = <[u8; 4]>::try_from(&*key)
+                .map(u32::from_le_bytes)
+                .is_ok_and(|number| any(number) || listed.get(&number).is_some_and(|hash| hash.as_bytes() == &*value));
+            if !known {
                 return Ok(false);
             }
         }
@@ -235,6 +263,21 @@ fn insert<K: AsRef<[u8]> + Ord>(tree: &sled::Tree, mut entries: Vec<(K, u64)>) -
     entries.sort_by(|a, b| a.0.cmp(&b.0));
     for (key, value) in entries {
         tree.insert(key, &value.to_le_bytes())?;
+    }
+    Ok(())
+}
+
+/// Copies the files of `from`, and of the folders in it, into the folder `to`.
+fn copy_folder(from: &Path, to: &Path) -> Result<(), BankError> {
+    for entry in fs::read_dir(from).map_err(BankError::io(from, "list"))? {
+        let entry = entry.map_err(BankError::io(from, "list"))?;
+        let (path, copy) = (entry.path(), to.join(entry.file_name()));
+        if path.is_dir() {
+            fs::create_dir(&copy).map_err(BankError::io(&copy, "create"))?;
+            copy_folder(&path, &copy)?;
+        } else {
+            fs::copy(&path, &copy).map_err(BankError::io(&path, "copy"))?;
+        }
     }
     Ok(())
 }

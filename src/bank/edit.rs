@@ -17,7 +17,7 @@ use crate::bank::lock::BankLock;
 use crate::bank::manifest::Manifest;
 use crate::bank::publish::{Parts, Publication, RetrievalSpec, is_whole};
 use crate::bank::replaced::for_each_live_row;
-use crate::bank::retention::read_kept;
+use crate::bank::retention::{kept_generations, read_kept};
 use crate::bank::sequence::ShardSequence;
 use crate::bank::shard::Shard;
 use crate::bank::tombstones::Tombstones;
@@ -159,6 +159,11 @@ pub fn rollback_locked(
     let Some(generation) = generation.or(published.parent) else {
         return Err(BankError::NoParent { path: dir.to_owned(), generation: published.generation });
     };
+    if generation > published.generation {
+        // A copy up there belongs to a manifest that was never published.
+        let kept = kept_generations(dir)?.into_iter().filter(|&number| number <= published.generation).collect();
+        return Err(BankError::NoGeneration { path: dir.to_owned(), generation, kept });
+    }
     let old = read_kept(dir, generation)?;
     let files = broken_files(dir, &old);
     if !files.is_empty() {

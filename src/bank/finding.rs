@@ -64,6 +64,8 @@ pub enum Finding {
     RetrievalForeign { path: PathBuf, count: u64, examples: Vec<RecordId> },
     /// The retrieval index has another vector for a record than the shard.
     RetrievalVector { path: PathBuf, record: RecordId, position: usize },
+    /// The catalog cannot be opened or read. It is rebuilt by the next compile.
+    CatalogUnreadable { error: BankError },
     /// The catalog was built from other shards. It is rebuilt by the next compile.
     CatalogStale { path: PathBuf },
     /// The catalog has another record for a content than the shard.
@@ -96,7 +98,8 @@ impl fmt::Display for Finding {
             Self::ShardUnreadable { error }
             | Self::CodecUnreadable { error }
             | Self::RetrievalUnreadable { error }
-            | Self::TombstonesUnreadable { error } => error.fmt(f),
+            | Self::TombstonesUnreadable { error }
+            | Self::CatalogUnreadable { error } => error.fmt(f),
             Self::ForeignShard { path, what, expected, found } => {
                 write!(f, "{}: {what}: expected {expected}, found {found}", path.display())
             }

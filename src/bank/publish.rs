@@ -77,13 +77,12 @@ impl BankWriter {
             return Err(BankError::bad_input("code bytes", self.spec().code_bytes, input.codec.code_bytes));
         }
         self.close_shard()?;
-        let mut dead: Vec<RowId> = self.superseded()?.into_iter().map(|(old, _)| old).collect();
-        dead.extend(self.tombstones.rows().iter().chain(&input.tombstones));
+        let dead = self.dead_rows(&input.tombstones)?;
         let files = self.store_codec(&input.codec_files)?;
         let publication = Publication { io: &*self.io, dir: self.lock.dir(), published: self.published.as_ref() };
         let manifest = publication.publish(
             &self.sequence,
-            Tombstones::new(dead),
+            dead,
             Parts {
                 codec: CodecEntry { description: input.codec, files },
                 prefix: publication.prefix(&input.prefix)?,
@@ -95,6 +94,13 @@ impl BankWriter {
         self.remove_draft();
         self.catalog.close()?;
         Ok(manifest)
+    }
+
+    /// The rows that are dead in the next generation: those that were, those that later rows replace, and `more`.
+    pub(crate) fn dead_rows(&self, more: &[RowId]) -> Result<Tombstones, BankError> {
+        let mut dead: Vec<RowId> = self.superseded()?.into_iter().map(|(old, _)| old).collect();
+        dead.extend(self.tombstones.rows().iter().chain(more));
+        Ok(Tombstones::new(dead))
     }
 }
 

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::bank::adopt::{open_listed, read_tombstones, sweep};
+use crate::bank::adopt::{names, open_listed, read_tombstones, set_aside_unpublished, sweep};
 use crate::bank::catalog::Catalog;
 use crate::bank::documents::RowId;
 use crate::bank::edit::BankEditor;
@@ -29,7 +29,7 @@ use crate::bank::sequence::ShardSequence;
 use crate::bank::shard::Shard;
 use crate::bank::tombstones::Tombstones;
 use crate::bank::writer::BankSpec;
-use crate::memory::{ContentHash, RecordId};
+use crate::memory::RecordId;
 
 /// How to mend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +51,8 @@ pub struct Repair {
     pub done: Vec<String>,
     /// What is still damaged, or was dropped.
     pub damage: Vec<String>,
+    /// What is damaged and can neither be made again nor dropped.
+    pub lost: Vec<String>,
     /// Ids of the documents that use damaged records.
     pub documents: Vec<String>,
     /// Document rows whose ids cannot be read.
@@ -91,7 +93,7 @@ pub fn repair(dir: &Path, options: RepairOptions) -> Result<Repair, BankError> {
         if !is_whole(entry, &index_dir) && restore_from_fixed_name(&*io, &index_dir, &role, entry)? {
             repair.done.push(format!("{}: restored from its other name ({role})", entry.file));
         } else if !is_whole(entry, &index_dir) && entry != &manifest.retrieval.file {
-            repair.damage.push(format!(
+            repair.lost.push(format!(
                 "index/{}: missing or damaged ({role}), and cannot be made again; restore it from a copy, or see \
                  memory3 rollback",
                 entry.file
@@ -137,9 +139,12 @@ fn restore_manifest(io: &dyn Io, dir: &Path, repair: &mut Repair) -> Result<Mani
             let Some(mut manifest) = newest else { return Err(error) };
             let from = manifest.generation;
             if numbers.last() != Some(&from) {
-                // A newer one is lost, and its number stays its own.
+                // A newer one is lost. Its number and those of its shards stay its own, and its shards are not taken
+                // for an interrupted compile's: they may be copies of records that this one has.
                 manifest.parent = Some(from);
                 manifest.generation = numbers.last().copied().unwrap_or(from) + 1;
+                set_aside_unpublished(io, dir, &manifest, Leftovers::SetAside)?;
+                manifest.next_shard = manifest.next_shard.max(highest_shard(dir)? + 1);
             }
             if path.exists() {
                 let aside = index_dir.join("manifest.json.aside");
@@ -164,6 +169,12 @@ fn restore_manifest(io: &dyn Io, dir: &Path, repair: &mut Repair) -> Result<Mani
         repair.done.push(format!("index/generations/{name}: written again from index/manifest.json"));
     }
     Ok(manifest)
+}
+
+/// The highest number in the names of the folder `shards`, of files set aside too.
+fn highest_shard(dir: &Path) -> Result<u32, BankError> {
+    let number = |name: &String| name.split('.').next()?.parse().ok().filter(|&number| number < u32::MAX);
+    Ok(names(&dir.join("shards"))?.iter().filter_map(number).max().unwrap_or(0))
 }
 
 /// A file that was deleted may still have its fixed name.
@@ -236,6 +247,7 @@ fn inspect(
         let whole = is_whole(&entry.file_entry(), &dir.join("shards"));
         match open_listed(&dir.join("shards"), entry) {
             Ok(shard) => {
+                let shard = shard.inspected();
                 if !whole {
                     let damage = damage_of(&shard, index.as_ref());
                     repair.damage.push(format!(
@@ -285,10 +297,7 @@ fn damage_of(shard: &Shard, index: Option<&RetrievalIndex>) -> Damage {
     let keep = |slot: u32| {
         let Ok(record) = shard.record(slot) else { return false };
         let in_index = || index.and_then(|index| index.vector(record.id)).is_some_and(|vector| vector == record.vector);
-        texts
-            && ContentHash::of_tokens(record.token_ids) == record.content
-            && shard.text(slot).is_ok()
-            && (vectors || in_index())
+        texts && record.is_of_its_content() && shard.text(slot).is_ok() && (vectors || in_index())
     };
     Damage {
         records: (0..shard.records()).filter(|&slot| !keep(slot)).collect(),

@@ -167,13 +167,17 @@ fn sample<'a>(
         for slot in live.slots(shard) {
             // The i-th of the sample is the vector at floor(i * count / wanted).
             if taken < wanted && u128::from(position) == u128::from(taken) * u128::from(count) / u128::from(wanted) {
-                vectors.extend_from_slice(shard.vector(slot)?);
+                vectors.extend_from_slice(vector_of(shard.vectors()?, slot, dim));
                 taken += 1;
             }
             position += 1;
         }
     }
     Ok(vectors)
+}
+
+fn vector_of(vectors: &[f32], slot: u32, dim: usize) -> &[f32] {
+    &vectors[slot as usize * dim..][..dim]
 }
 
 fn add_shard(index: &mut IndexImpl, shard: &Shard, dim: usize, live: &Live, path: &Path) -> Result<(), BankError> {
@@ -189,7 +193,7 @@ fn add_shard(index: &mut IndexImpl, shard: &Shard, dim: usize, live: &Live, path
         } else {
             let mut all = Vec::with_capacity(batch.len() * dim);
             for &slot in batch {
-                all.extend_from_slice(shard.vector(slot)?);
+                all.extend_from_slice(vector_of(shard.vectors()?, slot, dim));
             }
             gathered = all;
             &gathered

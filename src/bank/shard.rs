@@ -2,11 +2,14 @@
 //!
 //! Comes in: a shard file. Goes out: records, texts, vectors, document rows, without copying where the bytes allow.
 //! What always holds: [`Shard::open`] has checked header, footer and that every section lies inside the file with the
-//! length that the counts demand, so slices cannot go out of bounds; a record's checksum is checked when it is read.
-//! Sections are not hashed at open: that is [`Shard::check_section`], for `verify` and those who copy. Codes are not decoded here.
+//! length that the counts demand, so slices cannot go out of bounds. What is read is checked: a record by its checksum
+//! and the hash of its token ids, a text by its frame's checksum, the small sections by their hash at their first use.
+//! Only [`Shard::vector`] is not, and nothing of a shard that was opened [to be inspected](Shard::inspected), whose
+//! reader looks for damage. Codes are not decoded here.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use crate::bank::documents::{DocumentRow, Use};
 use crate::bank::error::BankError;
@@ -34,16 +37,20 @@ pub struct Shard {
     tokens: u64,
     text_blocks: usize,
     sections: [Section; 11],
+    /// Its reader looks for damage, and must be able to read it.
+    inspected: bool,
 }
 
 /// One entry of the section table.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 struct Section {
     range: Range<usize>,
     blake3: [u8; 32],
+    /// Set when its bytes had this hash.
+    sound: OnceLock<()>,
 }
 
-/// A record, read in place; its checksum was right.
+/// A record, read in place; its checksum and the hash of its token ids were right.
 #[derive(Clone, Copy, Debug)]
 pub struct RecordRef<'a> {
     shard: &'a Shard,
@@ -57,7 +64,7 @@ pub struct RecordRef<'a> {
     pub codes: &'a [u8],
     /// Token ids of the chunk.
     pub token_ids: &'a [u32],
-    /// Retrieval vector.
+    /// Retrieval vector, unchecked: see [`Shard::vector`].
     pub vector: &'a [f32],
     /// Hash of the token ids.
     pub content: ContentHash,
@@ -83,6 +90,11 @@ impl RecordRef<'_> {
         } else {
             None
         }
+    }
+
+    /// Are the token ids those that the content hash was made of?
+    pub(crate) fn is_of_its_content(&self) -> bool {
+        ContentHash::of_tokens(self.token_ids) == self.content
     }
 
     /// Refuses a record with a [`RecordRef::selection_fault`]: its indices must not be used.
@@ -130,9 +142,16 @@ impl Shard {
             tokens: 0,
             text_blocks: 0,
             sections: Default::default(),
+            inspected: false,
         };
         shard.read_footer()?;
         Ok(shard)
+    }
+
+    /// The shard as it lies there, damage included: no section is hashed, no token ids are compared with their hash.
+    #[must_use]
+    pub fn inspected(self) -> Self {
+        Self { inspected: true, ..self }
     }
 
     /// The file.
@@ -192,7 +211,7 @@ impl Shard {
         (self.sections[SectionKind::Records.index()].range.start + slot as usize * self.layout.stride) as u64
     }
 
-    /// Reads a record and checks its checksum and id.
+    /// Reads a record and checks its checksum, its id and its token ids.
     ///
     /// # Errors
     /// [`BankError::NoRecord`], [`BankError::Corrupt`].
@@ -209,7 +228,7 @@ impl Shard {
         if found != id {
             return Err(self.corrupt(offset + record::ID.start as u64, "record id", id, found));
         }
-        Ok(RecordRef {
+        let record = RecordRef {
             shard: self,
             id,
             count: bytes[record::COUNT.start],
@@ -218,7 +237,13 @@ impl Shard {
             token_ids: self.token_ids(slot)?,
             vector: self.vector(slot)?,
             content: self.content(slot)?,
-        })
+        };
+        if !self.inspected && !record.is_of_its_content() {
+            let offset = self.section_range(SectionKind::Contents).start + 16 * u64::from(slot);
+            let found = ContentHash::of_tokens(record.token_ids);
+            return Err(self.corrupt(offset, "hash of the token ids", found, record.content));
+        }
+        Ok(record)
     }
 
     /// Asks the system to fetch a record's bytes, without waiting for them.
@@ -239,7 +264,7 @@ impl Shard {
         Ok(&self.section(SectionKind::Records)[start..start + self.layout.stride])
     }
 
-    /// Token ids of a record's chunk.
+    /// Token ids of a record's chunk; [`Shard::record`] compares them with their hash.
     ///
     /// # Errors
     /// [`BankError::NoRecord`], [`BankError::Corrupt`].
@@ -247,14 +272,15 @@ impl Shard {
         self.check_slot(slot)?;
         let offsets: &[u64] = self.numbers(SectionKind::TokenOffsets)?;
         let (start, end) = (offsets[slot as usize], offsets[slot as usize + 1]);
-        let all: &[u32] = self.numbers(SectionKind::TokenIds)?;
+        let all: &[u32] = self.unchecked_numbers(SectionKind::TokenIds)?;
         slice(all, start, end).ok_or_else(|| {
             let at = self.section_range(SectionKind::TokenOffsets).start + 8 * u64::from(slot);
             self.corrupt(at, "token offsets", format!("ascending, at most {}", all.len()), format!("{start}, {end}"))
         })
     }
 
-    /// Retrieval vector of a record.
+    /// Retrieval vector of a record, unchecked: to hash the section would read all of it for one vector, and damage of
+    /// a vector costs rank, not truth. Who copies vectors takes [`Shard::vectors`].
     ///
     /// # Errors
     /// [`BankError::NoRecord`].
@@ -262,7 +288,7 @@ impl Shard {
         self.check_slot(slot)?;
         let dim = self.header.vector_dim;
         let start = slot as usize * dim;
-        Ok(&self.vectors()?[start..start + dim])
+        Ok(&self.unchecked_numbers(SectionKind::Vectors)?[start..start + dim])
     }
 
     /// Retrieval vectors of all records, one after the other.
@@ -280,7 +306,7 @@ impl Shard {
     pub fn content(&self, slot: u32) -> Result<ContentHash, BankError> {
         self.check_slot(slot)?;
         let start = slot as usize * 16;
-        Ok(ContentHash(array_at(self.section(SectionKind::Contents), start..start + 16)))
+        Ok(ContentHash(array_at(self.checked(SectionKind::Contents)?, start..start + 16)))
     }
 
     /// Text of a record's chunk.
@@ -307,14 +333,14 @@ impl Shard {
     pub(crate) fn text_entry(&self, slot: u32) -> Result<TextEntry, BankError> {
         self.check_slot(slot)?;
         let start = slot as usize * text_entry::SIZE;
-        Ok(TextEntry::parse(&self.section(SectionKind::TextIndex)[start..start + text_entry::SIZE]))
+        Ok(TextEntry::parse(&self.checked(SectionKind::TextIndex)?[start..start + text_entry::SIZE]))
     }
 
     /// The texts of a block, decompressed.
     pub(crate) fn text_block(&self, block: u32) -> Result<Vec<u8>, BankError> {
         let start = block as usize * text_block::SIZE;
         let at = self.section_range(SectionKind::TextBlocks).start + start as u64;
-        let table = self.section(SectionKind::TextBlocks);
+        let table = self.checked(SectionKind::TextBlocks)?;
         let Some(entry) = table.get(start..start + text_block::SIZE) else {
             return Err(self.corrupt(at, "text block", format!("below {}", self.text_blocks), block));
         };
@@ -341,7 +367,7 @@ impl Shard {
         let (Some(&start), Some(&end)) = (offsets.get(row), offsets.get(row + 1)) else {
             return Err(self.corrupt(at, "document row", format!("below {}", self.documents), row));
         };
-        let bytes = slice(self.section(SectionKind::Documents), start, end)
+        let bytes = slice(self.checked(SectionKind::Documents)?, start, end)
             .ok_or_else(|| self.corrupt(at, "document offsets", "ascending, inside the section", start))?;
         let at = self.section_range(SectionKind::Documents).start + start;
         DocumentRow::parse(bytes).map_err(|what| self.corrupt(at, what, "a document row", "other bytes"))
@@ -407,8 +433,24 @@ impl Shard {
         &self.map[self.sections[kind.index()].range.clone()]
     }
 
-    /// A section as numbers. Sections start on pages and have whole lengths, so the view always fits.
+    /// A section whose hash is right; it is hashed at the first use.
+    fn checked(&self, kind: SectionKind) -> Result<&[u8], BankError> {
+        let sound = &self.sections[kind.index()].sound;
+        if !self.inspected && sound.get().is_none() {
+            self.check_section(kind)?;
+            sound.get_or_init(|| ());
+        }
+        Ok(self.section(kind))
+    }
+
+    /// [`Shard::checked`] as numbers.
     fn numbers<T: bytemuck::AnyBitPattern>(&self, kind: SectionKind) -> Result<&[T], BankError> {
+        self.checked(kind)?;
+        self.unchecked_numbers(kind)
+    }
+
+    /// A section as numbers. Sections start on pages and have whole lengths, so the view always fits.
+    fn unchecked_numbers<T: bytemuck::AnyBitPattern>(&self, kind: SectionKind) -> Result<&[T], BankError> {
         bytemuck::try_cast_slice(self.section(kind)).map_err(|error| {
             let at = self.section_range(kind).start;
             self.corrupt(at, kind.name(), "an aligned section", error)
@@ -491,7 +533,8 @@ impl Shard {
                 return Err(self.corrupt(at as u64, "section table", expected, found));
             };
             position = range.end;
-            sections[kind.index()] = Section { range, blake3: array_at(entry, section::BLAKE3) };
+            sections[kind.index()] =
+                Section { range, blake3: array_at(entry, section::BLAKE3), sound: OnceLock::new() };
         }
         if position.next_multiple_of(PAGE) != start {
             let expected = position.next_multiple_of(PAGE);

@@ -134,6 +134,15 @@ pub(super) struct RunArgs {
     /// Refuse to lose more than this share of the documents
     #[arg(long, env = "MEMORY3_MAX_SHRINK", help_heading = "Corpus", value_name = "SHARE")]
     max_shrink: Option<f64>,
+    /// Memories that are read back before publishing, to measure what the quantizer costs; 0: none
+    #[arg(long, env = "MEMORY3_QUALITY_SAMPLE", help_heading = "Quality", value_name = "N")]
+    quality_sample: Option<usize>,
+    /// Publish nothing if the attention of a layer errs by more than this share
+    #[arg(long, env = "MEMORY3_MAX_ATTENTION_ERROR", help_heading = "Quality", value_name = "SHARE")]
+    max_attention_error: Option<f64>,
+    /// Publish nothing if next tokens diverge by more than this, in nats a token
+    #[arg(long, env = "MEMORY3_MAX_KL", help_heading = "Quality", value_name = "NATS")]
+    max_kl: Option<f64>,
     /// Generations that stay on disk, the published one included
     #[arg(long, env = "MEMORY3_KEEP_GENERATIONS", help_heading = "Run", value_name = "N")]
     keep_generations: Option<u32>,
@@ -286,6 +295,9 @@ impl RunArgs {
         set(&mut config.bank.records_per_shard, &self.records_per_shard);
         set(&mut config.bank.max_shrink, &self.max_shrink);
         set(&mut config.bank.keep_generations, &self.keep_generations);
+        set(&mut config.quality.sample, &self.quality_sample);
+        config.quality.max_attention_error = self.max_attention_error.or(config.quality.max_attention_error);
+        config.quality.max_kl = self.max_kl.or(config.quality.max_kl);
         config.validate()?;
         Ok(config)
     }

@@ -9,6 +9,8 @@ use crate::bank::{Manifest, ShardEntry};
 use crate::config::ByteSize;
 use crate::fingerprint::Fingerprint;
 use crate::memory::MemoryShape;
+use crate::pipeline::READING;
+use crate::read::quality::ReadingLoss;
 
 /// Arguments of `memory3 inspect`.
 #[derive(Debug, Args)]
@@ -223,8 +225,39 @@ impl<'a> Inspection<'a> {
         text += &format!("embedder     {}\n", self.embedder.id_hex());
         text += &fields(self.embedder);
         for (name, value) in self.quality {
-            text += &format!("{name:<12} {value}\n");
+            match serde_json::from_value(value.clone()) {
+                Ok(loss) if name == READING => text += &self.reading_lines(&loss),
+                _ => text += &format!("{name:<12} {value}\n"),
+            }
         }
+        text
+    }
+
+    /// What reading a sample of the memories loses, by layer.
+    fn reading_lines(&self, loss: &ReadingLoss) -> String {
+        let ReadingLoss { memories, tokens, selected, quantized, .. } = loss;
+        let mut text =
+            format!("reading      {memories} memories read with {tokens} tokens, against all tokens of their chunks\n");
+        text += "  layer            attention error            KL of next tokens, nats\n";
+        text += "                   selected  + quantized     selected  + quantized\n";
+        let mut line = |name: &str, figures: [Option<&f64>; 4]| {
+            let figures = figures.map(|figure| figure.map_or_else(String::new, |figure| format!("{figure:.6}")));
+            let [a, b, c, d] = figures;
+            text += format!("  {name:<12} {a:>12} {b:>12} {c:>12} {d:>12}").trim_end();
+            text.push('\n');
+        };
+        for (layer, number) in self.memory_layers.iter().enumerate() {
+            line(
+                &number.to_string(),
+                [
+                    selected.attention_error.get(layer),
+                    quantized.attention_error.get(layer),
+                    selected.kl.get(layer),
+                    quantized.kl.get(layer),
+                ],
+            );
+        }
+        line("all", [None, None, Some(&selected.kl_together), Some(&quantized.kl_together)]);
         text
     }
 }

@@ -47,7 +47,8 @@ pub fn run(global: &Global, args: &RepairArgs) -> anyhow::Result<Outcome> {
     } else {
         output::print(&text(&repair))?
     }
-    Ok(if repair.damage.is_empty() || repair.dropped { Outcome::Done } else { Outcome::Incomplete })
+    let whole = repair.lost.is_empty() && (repair.damage.is_empty() || repair.dropped);
+    Ok(if whole { Outcome::Done } else { Outcome::Incomplete })
 }
 
 fn text(repair: &Repair) -> String {
@@ -57,6 +58,9 @@ fn text(repair: &Repair) -> String {
     }
     for damage in &repair.damage {
         let _ = writeln!(text, "{}: {damage}", if repair.dropped { "dropped" } else { "damage" });
+    }
+    for lost in &repair.lost {
+        let _ = writeln!(text, "damage: {lost}");
     }
     for id in &repair.documents {
         let _ = writeln!(text, "document {id:?} uses damaged records");

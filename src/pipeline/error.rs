@@ -10,6 +10,7 @@ use crate::embed::EmbedError;
 use crate::fingerprint::FieldDifference;
 use crate::memory::ContentHash;
 use crate::model::{ModelError, ParseDeviceError};
+use crate::read::ReadError;
 
 /// Why a compile could not finish.
 #[derive(Debug, thiserror::Error)]
@@ -72,6 +73,20 @@ pub enum PipelineError {
         /// How many, some of them, and what to do.
         reason: String,
     },
+    /// Read back, the memories are worse than the settings allow.
+    #[error(
+        "{}: not published, {reason} (see `memory3 inspect` for the published generation's figures); the encoded shards \
+         are kept: choose another codec for a new bank, or raise the limit and give the same command again", bank.display()
+    )]
+    Quality {
+        /// The bank.
+        bank: PathBuf,
+        /// Which figure, and its limit.
+        reason: String,
+    },
+    /// The model cannot be run whole, as reading memories takes.
+    #[error("{0}; to publish without reading memories back, set quality.sample to 0")]
+    Read(#[from] ReadError),
     /// Only `compile` may replace documents, and an interrupted one has begun to.
     #[error(
         "{}: an interrupted compile has left documents that replace others, and append only adds; \

@@ -126,6 +126,8 @@ pub struct Progress {
     pub embed: StageMeter,
     /// Writing shards.
     pub write: StageMeter,
+    /// Reading memories back.
+    pub gate: StageMeter,
     /// Building the index and publishing.
     pub publish: StageMeter,
 }
@@ -152,6 +154,7 @@ impl Default for Progress {
             quantize: StageMeter::new("quantize"),
             embed: StageMeter::new("embed"),
             write: StageMeter::new("write"),
+            gate: StageMeter::new("gate"),
             publish: StageMeter::new("publish"),
         }
     }
@@ -177,7 +180,7 @@ impl Progress {
     }
 
     /// All meters, in the order of the data.
-    pub fn meters(&self) -> [&StageMeter; 9] {
+    pub fn meters(&self) -> [&StageMeter; 10] {
         [
             &self.survey,
             &self.sample,
@@ -187,6 +190,7 @@ impl Progress {
             &self.quantize,
             &self.embed,
             &self.write,
+            &self.gate,
             &self.publish,
         ]
     }

@@ -56,7 +56,8 @@ impl ReadModel {
             self.keep(number, turn.context, &part.k[own.clone()], &part.v[own]);
         });
         // 2. queries
-        let (mut blocks, mut rest) = (Vec::new(), part.attended);
+        let attended = part.attended;
+        let (mut blocks, mut rest) = (Vec::new(), &mut *attended);
         for (turn, rows) in turns.iter().zip(&rows) {
             let (own, others) = std::mem::take(&mut rest).split_at_mut(rows.len() * wide);
             rest = others;
@@ -67,11 +68,18 @@ impl ReadModel {
         blocks.into_par_iter().for_each(|block| {
             ROOMS.with(|rooms| block.attend(config, &mut rooms[room].borrow_mut()));
         });
-        // 3. where attention went
-        let Some(side) = self.memory_side() else { return };
-        let watched = turns.par_iter_mut().zip(&rows).filter(|(turn, _)| turn.context.watched.is_some());
-        watched.for_each(|(turn, rows)| {
-            self.watch(side, number, turn.context, &part.q[rows.start * wide..rows.end * wide]);
+        // 3. where attention went, and what it gave, for those who want to know
+        let Some((side, place)) = self.memory_side().and_then(|side| Some((side, side.places[number]?))) else {
+            return;
+        };
+        turns.par_iter_mut().zip(&rows).for_each(|(turn, rows)| {
+            let own = rows.start * wide..rows.end * wide;
+            if turn.context.watched.is_some() {
+                self.watch(side, number, turn.context, &part.q[own.clone()]);
+            }
+            if let Some(dissected) = &mut turn.context.dissected {
+                dissected.attended[place].extend_from_slice(&attended[own]);
+            }
         });
     }
 
@@ -100,7 +108,7 @@ impl ReadModel {
             let prefix = &side.prefix[number];
             parts.push(KeyRows::by_token(config, &prefix.k, &prefix.v));
             if let Some(place) = side.places[number] {
-                parts.extend(context.memories.iter().map(|WeightedMemory { memory, .. }| KeyRows {
+                parts.extend(context.memories_at(place).iter().map(|WeightedMemory { memory, .. }| KeyRows {
                     k: memory.keys(place),
                     v: memory.values(place),
                     rows: memory.count(),
@@ -116,13 +124,16 @@ impl ReadModel {
 
     /// What is added to logits before they are scaled, as far as weights differ from 1; nothing elsewhere.
     fn bias(&self, number: usize, context: &Context) -> Vec<f32> {
-        let Some(side) = self.memory_side().filter(|side| side.places[number].is_some()) else { return Vec::new() };
-        if context.memories.iter().all(|memory| memory.weight == 1.0) {
+        let Some((side, place)) = self.memory_side().and_then(|side| Some((side, side.places[number]?))) else {
+            return Vec::new();
+        };
+        let memories = context.memories_at(place);
+        if memories.iter().all(|memory| memory.weight == 1.0) {
             return Vec::new();
         }
         let scale = self.config().scale();
         let of_memory = |m: &WeightedMemory| std::iter::repeat_n(m.weight.ln() / scale, m.memory.count());
-        std::iter::repeat_n(0.0, side.r).chain(context.memories.iter().flat_map(of_memory)).collect()
+        std::iter::repeat_n(0.0, side.r).chain(memories.iter().flat_map(of_memory)).collect()
     }
 
     /// A sequence's queries as blocks; those of a single row by head.

@@ -44,6 +44,13 @@ pub(super) struct Shares {
     pub(super) sums: Vec<f64>,
 }
 
+/// Memories for each memory layer by itself, and what attention gave there: `[row][head][dim]`.
+#[derive(Clone, Debug)]
+pub(super) struct Dissected {
+    pub(super) memories: Vec<Vec<WeightedMemory>>,
+    pub(super) attended: Vec<Vec<f32>>,
+}
+
 /// One sequence.
 #[derive(Clone, Debug)]
 pub struct Context {
@@ -55,12 +62,14 @@ pub struct Context {
     pub(super) memories: Vec<WeightedMemory>,
     /// `[memory layer]`
     pub(super) watched: Option<Vec<Shares>>,
+    /// Of a context that is measured.
+    pub(super) dissected: Option<Dissected>,
 }
 
 impl Context {
     pub(super) fn new(layers: usize, base: usize, behind_prefix: bool) -> Self {
         let layers = vec![LayerKv::default(); layers];
-        Self { layers, base, tokens: Vec::new(), behind_prefix, memories: Vec::new(), watched: None }
+        Self { layers, base, tokens: Vec::new(), behind_prefix, memories: Vec::new(), watched: None, dissected: None }
     }
 
     /// The tokens so far.
@@ -94,6 +103,16 @@ impl Context {
         layers[place].queries += queries;
         layers[place].sums.resize(sums.len(), 0.0);
         layers[place].sums.iter_mut().zip(sums).for_each(|(sum, more)| *sum += more);
+    }
+
+    /// What attention gave at each memory layer of a context that is measured, `[row][head][dim]`.
+    pub(super) fn dissected(self) -> Vec<Vec<f32>> {
+        self.dissected.map(|dissected| dissected.attended).unwrap_or_default()
+    }
+
+    /// The memories that tokens attend to at a memory layer.
+    pub(super) fn memories_at(&self, place: usize) -> &[WeightedMemory] {
+        self.dissected.as_ref().map_or(&self.memories, |dissected| &dissected.memories[place])
     }
 
     /// Takes other memories; `places` are the memory layers, `prefix` the tokens that stand before memories.

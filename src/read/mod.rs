@@ -22,6 +22,8 @@ pub mod leak;
 mod memories;
 #[cfg(feature = "compile")]
 mod model;
+#[cfg(feature = "compile")]
+pub mod quality;
 mod retrieve;
 #[cfg(feature = "compile")]
 mod retriever;

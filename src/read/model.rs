@@ -12,13 +12,14 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::context::{Context, LayerKv, WeightedMemory};
+use super::context::{Context, Dissected, LayerKv, WeightedMemory};
 use super::error::ReadError;
+use super::memories::LoadedMemory;
 use crate::bank::Bank;
 use crate::corpus::Chunker;
 use crate::cpu::{Format, PackedMatrix, PackedRows, Rows, Threads};
 use crate::fingerprint::Fingerprint;
-use crate::memory::MemoryShape;
+use crate::memory::{MemoryShape, RecordId};
 use crate::model::cpu_layer::{Attending, CpuLayer, Loader, Pass, Rope, format_of};
 use crate::model::setup::{Setup, check_tokens};
 use crate::model::{DType, MAX_CHUNK_TOKENS, MemorySpec, ModelConfig, PrefixKv, RopeTable, WeightFiles};
@@ -73,6 +74,20 @@ pub enum Wanted {
     Last,
     /// None.
     Nothing,
+}
+
+impl MemorySide {
+    /// Refuses what this model cannot read. A memory may have any number of slots.
+    fn check(&self, WeightedMemory { memory, weight }: &WeightedMemory) -> Result<(), ReadError> {
+        let (id, found, expected) = (memory.id(), memory.shape(), self.shape);
+        if found != (MemoryShape { slots: found.slots, ..expected }) {
+            return Err(ReadError::Shape { id, found, expected });
+        }
+        if !(*weight >= 0.0 && weight.is_finite()) {
+            return Err(ReadError::Weight { id, weight: *weight });
+        }
+        Ok(())
+    }
 }
 
 impl ReadModel {
@@ -248,17 +263,51 @@ impl ReadModel {
     /// [`ReadError::Weight`].
     pub fn set_memories(&self, context: &mut Context, memories: Vec<WeightedMemory>) -> Result<(), ReadError> {
         let side = self.memory.as_ref().filter(|_| context.behind_prefix).ok_or(ReadError::NoMemories)?;
-        for WeightedMemory { memory, weight } in &memories {
-            let (id, found, expected) = (memory.id(), memory.shape(), side.shape);
-            if found != (MemoryShape { slots: found.slots, ..expected }) {
-                return Err(ReadError::Shape { id, found, expected });
-            }
-            if !(*weight >= 0.0 && weight.is_finite()) {
-                return Err(ReadError::Weight { id, weight: *weight });
-            }
-        }
+        memories.iter().try_for_each(|memory| side.check(memory))?;
         context.replace(memories, &side.places, side.r);
         Ok(())
+    }
+
+    /// Lets the tokens of a new context attend to these memories, those of each memory layer by themselves, and keeps what
+    /// attention gives there.
+    ///
+    /// # Errors
+    /// As [`ReadModel::set_memories`].
+    pub(super) fn dissect(&self, context: &mut Context, memories: Vec<Vec<WeightedMemory>>) -> Result<(), ReadError> {
+        let side = self.memory.as_ref().filter(|_| context.behind_prefix).ok_or(ReadError::NoMemories)?;
+        memories.iter().flatten().try_for_each(|memory| side.check(memory))?;
+        let attended = vec![Vec::new(); memories.len()];
+        context.dissected = Some(Dissected { memories, attended });
+        Ok(())
+    }
+
+    /// Memory layers; none of a plain model.
+    pub fn memory_layers(&self) -> usize {
+        self.memory.as_ref().map_or(0, |memory| memory.shape.layers)
+    }
+
+    /// A memory that holds all tokens of a chunk, which must not be more than 128: what selection selects from.
+    ///
+    /// # Errors
+    /// As [`ReadModel::forward`]; [`ReadError::NoMemories`] of a plain model.
+    pub fn dense(&self, id: RecordId, chunk: &[u32]) -> Result<LoadedMemory, ReadError> {
+        let side = self.memory.as_ref().ok_or(ReadError::NoMemories)?;
+        // Where the writing side has them: right behind the prefix.
+        let mut context = Context::new(self.layers.len(), side.r, true);
+        self.forward(&mut [Turn { context: &mut context, tokens: chunk }], Wanted::Nothing)?;
+        let shape = MemoryShape { slots: chunk.len(), ..side.shape };
+        let MemoryShape { layers, kv_heads, slots, head_dim } = shape;
+        let mut vectors = Vec::with_capacity(shape.floats());
+        for (layer, _) in context.layers.iter().zip(&side.places).filter(|(_, place)| place.is_some()) {
+            for rows in [&layer.k, &layer.v] {
+                for (head, token) in (0..kv_heads).flat_map(|head| (0..slots).map(move |token| (head, token))) {
+                    vectors.extend_from_slice(&rows[(token * kv_heads + head) * head_dim..][..head_dim]);
+                }
+            }
+        }
+        let places: Vec<u8> = (0..slots).map(|token| u8::try_from(token).unwrap_or(u8::MAX)).collect();
+        let count = u8::try_from(slots).unwrap_or(u8::MAX);
+        Ok(LoadedMemory::new(id, shape, count, vectors, places.repeat(layers * kv_heads)))
     }
 
     /// Runs the tokens of all turns together. Logits: `[row][vocabulary]`, rows in the order of the turns.

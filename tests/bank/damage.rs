@@ -18,20 +18,33 @@ fn small_bank() -> tempfile::TempDir {
     dir
 }
 
-/// Reads everything that there is to read, for the sake of not panicking.
-fn read_all(dir: &Path) -> Result<(), BankError> {
+/// Reads everything that there is to read but vectors: one string for each record and each row.
+fn read_all(dir: &Path) -> Result<Vec<Result<String, BankError>>, BankError> {
     let bank = Bank::open(dir)?;
+    let mut all = Vec::new();
     for shard in bank.shards() {
-        for slot in 0..shard.records() {
+        all.extend((0..shard.records()).map(|slot| {
             let record = shard.record(slot)?;
-            record.text()?;
-            bank.documents_of(record.id)?;
-        }
-        for row in 0..shard.documents() {
-            bank.document(RowId { shard: shard.number(), row })?.chunks().count();
+            let (text, documents) = (record.text()?, bank.documents_of(record.id)?);
+            let bytes = (record.count, record.tokens, record.codes, record.token_ids, record.content);
+            Ok(format!("{bytes:?} {text} {documents:?}"))
+        }));
+        all.extend((0..shard.documents()).map(|row| {
+            let document = bank.document(RowId { shard: shard.number(), row })?;
+            Ok(format!("{document:?} {:?}", document.chunks().collect::<Vec<_>>()))
+        }));
+    }
+    Ok(all)
+}
+
+/// What can be read of a damaged bank is what was written.
+fn assert_reads_right_or_not(dir: &Path, whole: &[Result<String, BankError>], what: &str) {
+    let Ok(read) = read_all(dir) else { return };
+    for (read, whole) in read.iter().zip(whole) {
+        if let Ok(read) = read {
+            assert_eq!(read, whole.as_ref().unwrap(), "{what}");
         }
     }
-    Ok(())
 }
 
 #[test]
@@ -58,6 +71,8 @@ fn every_flipped_byte_of_a_shard_is_found_and_placed() {
     offsets.extend(trailer::FIELDS.iter().map(|field| end - trailer::SIZE as u64 + field.offset as u64));
     assert!(offsets.len() > 200, "{}", offsets.len());
     drop(shard);
+    let whole = read_all(dir.path()).unwrap();
+    assert!(whole.iter().all(Result::is_ok), "{whole:?}");
     for &offset in &offsets {
         let mut bad = good.clone();
         bad[offset as usize] ^= 1 << random.below(8);
@@ -65,7 +80,7 @@ fn every_flipped_byte_of_a_shard_is_found_and_placed() {
         let report = verify(dir.path(), QUICK).unwrap();
         let placed = report.findings.iter().any(|finding| !matches!(finding, Finding::FileHash { .. }));
         assert!(placed, "byte {offset}: {:?}", report.findings);
-        let _ = read_all(dir.path());
+        assert_reads_right_or_not(dir.path(), &whole, &format!("byte {offset}"));
     }
     fs::write(&path, &good).unwrap();
     assert!(verify(dir.path(), VerifyOptions::default()).unwrap().is_clean());
@@ -96,6 +111,7 @@ fn random_bytes_with_a_good_header_never_panic() {
     let path = dir.path().join("shards/000001.m3s");
     let good = fs::read(&path).unwrap();
     let mut random = Random(5);
+    let whole = read_all(dir.path()).unwrap();
     for _ in 0..60 {
         let mut bad = good.clone();
         let start = random.below(bad.len() as u64 - 64) as usize;
@@ -103,7 +119,7 @@ fn random_bytes_with_a_good_header_never_panic() {
             *byte = random.next() as u8;
         }
         fs::write(&path, &bad).unwrap();
-        let _ = read_all(dir.path());
+        assert_reads_right_or_not(dir.path(), &whole, &format!("from byte {start}"));
         assert!(!verify(dir.path(), QUICK).unwrap().is_clean());
     }
 }

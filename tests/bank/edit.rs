@@ -294,6 +294,11 @@ fn a_rollback_is_a_new_generation_and_ids_are_never_used_again() {
     assert!(matches!(&error, BankError::NotWhole { generation: 4, .. }), "{error}");
     assert!(error.to_string().contains(&fourth.shards.last().unwrap().file), "{error}");
     assert!(matches!(rollback(dir.path(), 1000, Some(77)), Err(BankError::NoGeneration { .. })));
+    // A copy whose manifest was never published is no generation.
+    let generations_dir = dir.path().join("index/generations");
+    fs::write(generations_dir.join("000006.json"), fs::read(generations_dir.join("000005.json")).unwrap()).unwrap();
+    let error = rollback(dir.path(), 1000, Some(6)).unwrap_err();
+    assert!(matches!(&error, BankError::NoGeneration { kept, .. } if *kept == [1, 2, 3, 4, 5]), "{error}");
     assert_eq!(Manifest::read(dir.path()).unwrap().generation, 5);
     // Damage of what is published is a reason to go back, not an obstacle.
     fs::write(dir.path().join("shards").join(&second.shards.last().unwrap().file), "torn").unwrap();

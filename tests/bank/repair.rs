@@ -55,7 +55,7 @@ fn a_lost_or_torn_manifest_is_restored_from_the_newest_kept_one() {
     let dir = tempfile::tempdir().unwrap();
     let docs = corpus(72, 60);
     compile(dir.path(), &docs[..30], &spec(20));
-    sync(dir.path(), &docs, &spec(20), 1000);
+    let second = sync(dir.path(), &docs, &spec(20), 1000);
     let path = Manifest::path(dir.path());
     let bytes = fs::read(&path).unwrap();
     for torn in [None, Some(&bytes[..bytes.len() / 2]), Some(&b"{}"[..])] {
@@ -75,6 +75,8 @@ fn a_lost_or_torn_manifest_is_restored_from_the_newest_kept_one() {
     let done = mend(dir.path());
     assert_eq!(done.generation, 3, "{done:?}");
     assert_holds(&Bank::open(dir.path()).unwrap(), &docs[..30], &spec(20));
+    // Ids of the lost generation are not given again.
+    assert_eq!(Manifest::read(dir.path()).unwrap().next_shard, second.next_shard);
     sync(dir.path(), &docs, &spec(20), 1000);
     assert_holds(&Bank::open(dir.path()).unwrap(), &docs, &spec(20));
     assert_clean(dir.path());
@@ -154,6 +156,14 @@ fn damage_that_cannot_be_mended_is_told_and_nothing_is_changed() {
     fs::write(&tombstones, &bytes[..bytes.len() - 1]).unwrap();
     let before = files(dir.path());
     let found = repair(dir.path(), options(true)).unwrap();
-    assert!(found.damage.iter().any(|damage| damage.contains("tombstones")), "{found:?}");
+    assert!(found.lost.iter().any(|lost| lost.contains("tombstones")), "{found:?}");
     assert!(!found.dropped && before == files(dir.path()));
+    // Damage that is dropped does not hide what stays lost.
+    fs::write(&tombstones, &bytes).unwrap();
+    for codec in [second.codec.files.values().next().unwrap().file.as_str(), "codec.faiss"] {
+        fs::write(dir.path().join("index").join(codec), "no codec").unwrap();
+    }
+    damage(dir.path(), 1, |bytes, shard| bytes[shard.section_range(SectionKind::Texts).start as usize + 9] ^= 1);
+    let found = repair(dir.path(), options(true)).unwrap();
+    assert!(found.dropped && found.lost.iter().any(|lost| lost.contains("codec")), "{found:?}");
 }

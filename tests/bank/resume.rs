@@ -159,3 +159,27 @@ fn a_catalog_that_is_lost_or_of_other_shards_is_rebuilt() {
     assert_eq!(before, files(dir.path()));
     assert!(verify(dir.path(), VerifyOptions::default()).unwrap().is_clean());
 }
+
+#[test]
+fn verify_looks_at_a_copy_of_the_catalog() {
+    let docs = corpus(19, 60);
+    let dir = tempfile::tempdir().unwrap();
+    compile(dir.path(), &docs[..30], &spec(30));
+    // An interrupted compile has entered its shards.
+    assert!(push(begin(dir.path(), &spec(30)), &docs, Stop::DropAfter(50)).unwrap().is_none());
+    let report = verify(dir.path(), VerifyOptions::default()).unwrap();
+    assert!(report.is_clean() && report.skipped.is_empty(), "{report:?}");
+    // A writer is not stopped, nor a damaged catalog mended.
+    let writer = begin(dir.path(), &spec(30));
+    let report = verify(dir.path(), VerifyOptions::default()).unwrap();
+    assert!(report.is_clean() && report.skipped[0].contains("catalog"), "{report:?}");
+    drop(writer);
+    let conf = dir.path().join("index/catalog/conf");
+    let mut bytes = fs::read(&conf).unwrap();
+    bytes[0] ^= 1;
+    fs::write(&conf, &bytes).unwrap();
+    let report = verify(dir.path(), VerifyOptions::default()).unwrap();
+    let unreadable = |f: &memory3::bank::Finding| matches!(f, memory3::bank::Finding::CatalogUnreadable { .. });
+    assert!(report.findings.iter().any(unreadable), "{report:?}");
+    assert_eq!(fs::read(&conf).unwrap(), bytes);
+}

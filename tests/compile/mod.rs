@@ -8,4 +8,5 @@ mod incremental;
 mod operate;
 mod plan;
 pub mod program;
+mod quality;
 mod verbs;

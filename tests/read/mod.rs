@@ -3,4 +3,5 @@
 mod generate;
 mod memories;
 mod model;
+mod quality;
 mod session;

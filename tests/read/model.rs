@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use crate::model::{FAMILIES, PREFIX, dir, tokens};
 
 /// The fixture model of a family as a whole model: with its LM head, and the window off where there is one.
-fn whole(family: &str) -> (TempDir, Vec<u8>) {
+pub(super) fn whole(family: &str) -> (TempDir, Vec<u8>) {
     let (folder, fixture) = (tempfile::tempdir().unwrap(), format!("tests/fixtures/read/{family}.safetensors"));
     let bytes = fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join(fixture)).unwrap();
     let head = SafeTensors::deserialize(&bytes).unwrap();
@@ -95,12 +95,12 @@ fn memories(folder: &Path) -> Vec<Arc<LoadedMemory>> {
         .collect()
 }
 
-fn load(folder: &Path, dtype: DType) -> ReadModel {
+pub(super) fn load(folder: &Path, dtype: DType) -> ReadModel {
     ReadModel::load(folder, &PREFIX, &MemorySpec::default(), dtype, 300).unwrap()
 }
 
 /// Memories that all count as in the paper.
-fn evenly(memories: &[Arc<LoadedMemory>]) -> Vec<WeightedMemory> {
+pub(super) fn evenly(memories: &[Arc<LoadedMemory>]) -> Vec<WeightedMemory> {
     memories.iter().cloned().map(WeightedMemory::from).collect()
 }
 
@@ -124,13 +124,18 @@ fn rms(reader: &mut WeightReader<'_>, name: &str, x: &[Vec<f64>], width: usize, 
     x.iter().map(|row| row.chunks(width).flat_map(norm).collect()).collect()
 }
 
+/// What the definition gives.
+pub(super) struct Oracle {
+    /// `[row][vocabulary]`
+    pub(super) logits: Vec<f64>,
+    /// By layer, `[row][head][dim]`.
+    pub(super) attended: Vec<Vec<f64>>,
+    /// `[layer][row][memory]`: shares of attention, mean over heads.
+    shares: Vec<Vec<Vec<f64>>>,
+}
+
 /// The definition, in f64: all of prefix and context in one pass, what each row sees said row by row.
-/// Gives the logits, and `[layer][row][memory]` the shares of attention that memories got, mean over heads.
-fn oracle(
-    folder: &Path,
-    context: &[u32],
-    seen: &dyn Fn(usize) -> Vec<WeightedMemory>,
-) -> (Vec<f64>, Vec<Vec<Vec<f64>>>) {
+pub(super) fn oracle(folder: &Path, context: &[u32], seen: &dyn Fn(usize) -> Vec<WeightedMemory>) -> Oracle {
     let c = ModelConfig::from_dir(folder).unwrap();
     let files = WeightFiles::open(folder).unwrap();
     let mut reader = files.reader().unwrap();
@@ -152,7 +157,7 @@ fn oracle(
             }
         }
     };
-    let mut shares = Vec::new();
+    let (mut shares, mut all_attended) = (Vec::new(), Vec::new());
     for layer in 0..c.num_hidden_layers {
         shares.push(vec![Vec::new(); context.len()]);
         let name = |part: &str| format!("model.layers.{layer}.{part}");
@@ -202,6 +207,7 @@ fn oracle(
                 }
             }
         }
+        all_attended.push(attended[r..].concat());
         let add = |x: &mut Vec<Vec<f64>>, y: Vec<Vec<f64>>| {
             x.iter_mut().zip(y).for_each(|(x, y)| x.iter_mut().zip(y).for_each(|(x, y)| *x += y));
         };
@@ -216,7 +222,8 @@ fn oracle(
     }
     let normed = rms(&mut reader, "model.norm", &x, d, c.rms_norm_eps);
     let head = if c.tie_word_embeddings { "model.embed_tokens" } else { "lm_head" };
-    (linear(&mut reader, head, &normed[r..], c.vocab_size, false).concat(), shares)
+    let logits = linear(&mut reader, head, &normed[r..], c.vocab_size, false).concat();
+    Oracle { logits, attended: all_attended, shares }
 }
 
 #[test]
@@ -227,8 +234,8 @@ fn logits_with_memories_that_change_are_those_of_the_naive_oracle_in_chunks_and_
         // Tokens 0..12 see three memories, 12..20 none, 20..30 one other and the short one.
         let parts = [(0..12, all[..3].to_vec()), (12..20, vec![]), (20..30, vec![all[3].clone(), all[1].clone()])];
         let seen = |at: usize| evenly(&parts.iter().find(|(range, _)| range.contains(&at)).unwrap().1);
-        let (expected, _) = oracle(folder.path(), &text, &seen);
-        let (without, _) = oracle(folder.path(), &text, &|_| vec![]);
+        let expected = oracle(folder.path(), &text, &seen).logits;
+        let without = oracle(folder.path(), &text, &|_| vec![]).logits;
         let differ = expected.iter().zip(&without).fold(0.0_f64, |max, (a, b)| max.max((a - b).abs()));
         assert!(differ > 1e-2, "{family}: memories must matter here, {differ}");
         let model = load(folder.path(), DType::F32);
@@ -262,7 +269,7 @@ fn weights_are_factors_of_the_softmax_and_attention_is_what_the_oracle_counts() 
                 .zip(weights)
                 .map(|(memory, weight)| WeightedMemory { memory: memory.clone(), weight })
                 .collect();
-            let (expected, shares) = oracle(folder.path(), &text, &|_| weighed.clone());
+            let Oracle { logits, shares, .. } = oracle(folder.path(), &text, &|_| weighed.clone());
             let mut context = model.context().unwrap();
             context.watch();
             model.set_memories(&mut context, weighed).unwrap();
@@ -270,7 +277,7 @@ fn weights_are_factors_of_the_softmax_and_attention_is_what_the_oracle_counts() 
             for tokens in [&text[..21], &text[21..22], &text[22..]] {
                 found.extend(model.forward(&mut [Turn { context: &mut context, tokens }], Wanted::All).unwrap());
             }
-            let difference = worst(&found, &expected);
+            let difference = worst(&found, &logits);
             println!("{family} {weights:?}: greatest difference {difference:.2e}");
             assert!(difference < 1e-4, "{family} {weights:?}: {difference}");
             let attention = context.take_attention().unwrap();

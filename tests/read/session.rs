@@ -3,7 +3,7 @@
 use memory3::corpus::Chunker;
 use memory3::embed::{self, TextEmbedder};
 use memory3::memory::RecordId;
-use memory3::model::{CpuModel, DType, Device, MemorySpec};
+use memory3::model::{DType, Device};
 use memory3::read::{
     Condition, DenseMemories, LoadedMemory, MemoryReader, MemorySource, Prompt, ReadModel, Retrieval, Retriever,
     Session, SessionOptions, Times, Turn, Wanted,
@@ -14,7 +14,8 @@ use crate::compile::program::{Program, repository, tiny_encoder};
 
 /// A bank with all that reads it.
 struct Opened {
-    program: Program,
+    /// Its folder goes with it.
+    _program: Program,
     reader: MemoryReader,
     embedder: Box<dyn TextEmbedder>,
     chunker: Chunker,
@@ -29,7 +30,7 @@ impl Opened {
         let dir = program.path().join("model");
         let chunker = Chunker::from_dir(&dir, 128).unwrap();
         let model = ReadModel::load_for(reader.bank(), &dir, &chunker, DType::F32, 512).unwrap();
-        Self { program, reader, embedder, chunker, model }
+        Self { _program: program, reader, embedder, chunker, model }
     }
 
     fn retriever(&self) -> Retriever<'_> {
@@ -125,9 +126,7 @@ fn a_session_is_the_model_with_the_memories_that_the_retriever_finds() {
 fn stored_memories_are_the_same_tokens_of_dense_ones_rounded_to_bf16() {
     let opened = Opened::new();
     let bank = opened.reader.bank();
-    let dir = opened.program.path().join("model");
-    let model = CpuModel::load(&dir, opened.chunker.prefix(), &MemorySpec::default(), DType::F32).unwrap();
-    let dense = DenseMemories { bank, model: &model };
+    let dense = DenseMemories { bank, model: &opened.model };
     let ids: Vec<RecordId> = bank.record_ids().step_by(13).collect();
     let pairs = opened.reader.load(&ids).unwrap().memories.into_iter().zip(dense.load(&ids).unwrap().memories);
     for (stored, dense) in pairs {
