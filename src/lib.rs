@@ -32,5 +32,5 @@ pub mod model;
 pub mod pipeline;
 #[cfg(feature = "compile")]
 pub mod select;
-#[cfg(feature = "serve")]
+#[cfg(all(feature = "serve", unix))]
 pub mod serve;

@@ -12,5 +12,5 @@ mod gpu;
 mod model;
 mod read;
 mod select;
-#[cfg(feature = "serve")]
+#[cfg(all(feature = "serve", unix))]
 mod serve;

@@ -24,7 +24,7 @@ mod progress;
 mod reading;
 mod repair;
 mod search;
-#[cfg(feature = "serve")]
+#[cfg(all(feature = "serve", unix))]
 mod serve;
 mod show;
 mod trace;
@@ -108,7 +108,7 @@ enum Verb {
     /// Measure tokens a second with memories and without
     BenchRead(Box<bench_read::BenchReadArgs>),
     /// Serve texts that go on, and searches, over HTTP, as OpenAI's clients ask for them
-    #[cfg(feature = "serve")]
+    #[cfg(all(feature = "serve", unix))]
     Serve(Box<serve::ServeArgs>),
     /// Find the records nearest to a text
     Search(search::SearchArgs),
@@ -140,7 +140,7 @@ pub fn run() -> ExitCode {
         Verb::Rollback(args) => maintain::rollback(&cli.global, args),
         Verb::Generate(args) => generate::run(&cli.global, args),
         Verb::BenchRead(args) => bench_read::run(&cli.global, args),
-        #[cfg(feature = "serve")]
+        #[cfg(all(feature = "serve", unix))]
         Verb::Serve(args) => serve::run(&cli.global, args),
         Verb::Search(args) => search::run(&cli.global, args),
         Verb::Show(args) => show::run(&cli.global, args),

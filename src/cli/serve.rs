@@ -163,7 +163,9 @@ fn token(config: &ServeConfig) -> anyhow::Result<Option<String>> {
     let (token, source) = match &config.token_file {
         Some(path) => {
             let text = std::fs::read_to_string(path);
-            (text.with_context(|| format!("{}: the token cannot be read", path.display()))?, path.display().to_string())
+            let text = text.with_context(|| format!("{}: the token cannot be read", path.display()))?;
+            warn_if_open(path);
+            (text, path.display().to_string())
         }
         None => match std::env::var("MEMORY3_TOKEN") {
             Ok(token) => (token, "MEMORY3_TOKEN".to_owned()),
@@ -177,6 +179,13 @@ fn token(config: &ServeConfig) -> anyhow::Result<Option<String>> {
         "{source}: a token has at least {LEAST_TOKEN} visible ASCII characters; make one with: openssl rand -hex 32"
     );
     Ok(Some(token.to_owned()))
+}
+
+fn warn_if_open(path: &Path) {
+    use std::os::unix::fs::PermissionsExt;
+    if std::fs::metadata(path).is_ok_and(|metadata| metadata.permissions().mode() & 0o077 != 0) {
+        tracing::warn!("{}: others can read the token; chmod 600 keeps it to you", path.display());
+    }
 }
 
 /// The last part of a folder's name.

@@ -1,6 +1,7 @@
 //! A request on its way through the batch: what is asked for, with what it is read, and who hears of it.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use serde::Serialize;
 use tokio::sync::OwnedSemaphorePermit;
@@ -17,6 +18,8 @@ pub(super) struct Job {
     pub(super) ask: Ask,
     /// The generation that was newest when its turn came.
     pub(super) reader: Arc<MemoryReader>,
+    /// When it is over, listened to or not.
+    pub(super) until: Instant,
     /// Whoever listens; when nobody does any more, the job is over.
     pub(super) events: UnboundedSender<Event>,
     /// Its places among the sequences, given back with the job.
@@ -67,9 +70,9 @@ struct Reference {
 }
 
 impl Job {
-    /// Does nobody listen any more?
+    /// Does nobody listen any more, or too late?
     pub(super) fn is_cancelled(&self) -> bool {
-        self.events.is_closed()
+        self.events.is_closed() || Instant::now() > self.until
     }
 
     /// Do both read so many memories of the same bank?

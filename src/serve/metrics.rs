@@ -187,6 +187,7 @@ impl Drop for InFlight {
         let (metrics, route) = (&self.metrics, std::mem::take(&mut self.route));
         metrics.in_flight.dec();
         let seconds = self.since.elapsed().as_secs_f64();
+        tracing::debug!("{route}: status {} after {seconds:.3} s", self.status);
         metrics.request_seconds.get_or_create(&Route { route: route.clone() }).observe(seconds);
         metrics.requests.get_or_create(&Answered { route, status: self.status }).inc();
     }

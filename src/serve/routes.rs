@@ -26,6 +26,8 @@ use crate::read::{Place, Provenance, Query, ReadError, Retrieval, Retriever, Tim
 
 /// How long a body may take to arrive.
 const BODY_TIME: Duration = Duration::from_secs(30);
+/// So much later a text ends of which a client takes nothing.
+const GRACE: Duration = Duration::from_secs(1);
 /// The most records of a search.
 const MOST_HITS: usize = 100;
 
@@ -68,15 +70,13 @@ async fn generate(app: Arc<App>, kind: Kind, request: Request) -> Result<Respons
     let answer = Answer::new(kind, &ask, &app.name, generation, app.kit.chunker.bos().is_some());
     let (events, heard) = mpsc::unbounded_channel();
     let seconds = app.config.request_seconds;
-    let hearing = Hearing {
-        events: heard,
-        metrics: app.metrics.clone(),
-        arrived: Some(arrived),
-        until: tokio::time::Instant::now() + Duration::from_secs(seconds),
-        seconds,
-    };
+    let until = Instant::now() + Duration::from_secs(seconds);
+    let hearing =
+        Hearing { events: heard, metrics: app.metrics.clone(), arrived: Some(arrived), until: until.into(), seconds };
     let streams = ask.stream;
-    app.notes.send(Note::Job(Job { ask, reader, events, _places: places })).map_err(|_| Refusal::stopping())?;
+    app.notes
+        .send(Note::Job(Job { ask, reader, until: until + GRACE, events, _places: places }))
+        .map_err(|_| Refusal::stopping())?;
     if streams { answer.stream(hearing).await } else { answer.whole(hearing).await }
 }
 

@@ -10,7 +10,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use crossbeam::channel;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::Semaphore;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::app::App;
 use super::banks::{Banks, Look};
@@ -62,9 +63,9 @@ pub enum ServeError {
     /// The system refuses a thread or a signal handler.
     #[error("cannot start: {0}")]
     Start(#[source] std::io::Error),
-    /// The thread that runs the model has ended.
-    #[error("the model's thread has ended, as it said above; start the server again")]
-    Batch,
+    /// A thread that runs the model or finds memories has ended.
+    #[error("a thread of the server has ended, as it said above; start the server again")]
+    Thread,
 }
 
 /// What a server is made of. Bank, model, tokenizer and encoder belong together.
@@ -96,8 +97,18 @@ pub enum Ended {
 pub struct Server {
     app: Arc<App>,
     threads: Vec<JoinHandle<()>>,
-    /// Gives an error when the batch has ended.
-    batch: oneshot::Receiver<()>,
+    /// Hears of a thread that has ended.
+    ends: UnboundedReceiver<()>,
+}
+
+/// Tells when it is dropped: a thread that has one has ended, however that came.
+struct Alive(UnboundedSender<()>);
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        // Nobody listens when the server has ended, too.
+        let _ = self.0.send(());
+    }
 }
 
 impl Server {
@@ -119,7 +130,7 @@ impl Server {
         registry.register_collector(Box::new(BankCollector(Arc::clone(&banks))));
         let (notes, heard) = channel::unbounded();
         let (questions, asked) = channel::unbounded();
-        let (alive, batch) = oneshot::channel::<()>();
+        let (told, ends) = unbounded_channel();
         let kit = Kit { model, chunker, stop_tokens };
         let finder = Finder {
             questions: asked,
@@ -136,16 +147,15 @@ impl Server {
             tickets: 0,
         };
         let spawn = |name: &str, work: Box<dyn FnOnce() + Send>| {
+            let alive = Alive(told.clone());
+            let work = move || {
+                let _alive = alive;
+                work();
+            };
             thread::Builder::new().name(name.to_owned()).spawn(work).map_err(ServeError::Start)
         };
-        let finding = spawn("finder", Box::new(move || finder.run()))?;
-        let running = spawn(
-            "batch",
-            Box::new(move || {
-                let _alive = alive;
-                batching.run();
-            }),
-        )?;
+        let finding = spawn("finder", Box::new(|| finder.run()))?;
+        let running = spawn("batch", Box::new(|| batching.run()))?;
         let app = App {
             name: config.name.clone(),
             kit,
@@ -163,7 +173,7 @@ impl Server {
             created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs()),
             config,
         };
-        Ok(Self { app: Arc::new(app), threads: vec![running, finding], batch })
+        Ok(Self { app: Arc::new(app), threads: vec![running, finding], ends })
     }
 
     /// Serves until SIGTERM or Ctrl-C; `announce` hears where it listens. A second signal ends it at once.
@@ -171,7 +181,7 @@ impl Server {
     /// # Errors
     /// The address cannot be had; the model's thread ends.
     pub fn run(self, announce: impl FnOnce(SocketAddr)) -> Result<Ended, ServeError> {
-        let Self { app, threads, batch } = self;
+        let Self { app, threads, ends } = self;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(ASYNC_THREADS)
             .max_blocking_threads(WORKERS + 1)
@@ -179,7 +189,7 @@ impl Server {
             .enable_all()
             .build()
             .map_err(ServeError::Start)?;
-        let ended = runtime.block_on(serve(&app, batch, announce));
+        let ended = runtime.block_on(serve(&app, ends, announce));
         let _ = app.notes.send(Note::Stop);
         // What was cut is let go of; nothing of it is awaited.
         runtime.shutdown_background();
@@ -195,7 +205,7 @@ impl Server {
 
 async fn serve(
     app: &Arc<App>,
-    batch: oneshot::Receiver<()>,
+    mut ends: UnboundedReceiver<()>,
     announce: impl FnOnce(SocketAddr),
 ) -> Result<Ended, ServeError> {
     let mut signals = Signals::new().map_err(ServeError::Start)?;
@@ -208,7 +218,7 @@ async fn serve(
     tokio::select! {
         () = door.stay_open() => {}
         () = signals.stop() => {}
-        _ = batch => return Err(ServeError::Batch),
+        _ = ends.recv() => return Err(ServeError::Thread),
     }
     app.is_stopping.store(true, Ordering::Relaxed);
     let patience = Duration::from_secs(app.config.shutdown_seconds);

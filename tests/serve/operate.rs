@@ -1,5 +1,7 @@
 //! A server over its years: new generations under it, and its end.
 
+use std::os::unix::fs::FileExt;
+
 use serde_json::{Value, json};
 
 use super::{Server, endless, program, wait_for};
@@ -130,4 +132,29 @@ fn what_does_not_end_in_time_is_cut_off_and_the_exit_code_says_so() {
         let (code, log) = server.wait();
         assert!(code == 1 && log.contains("1 requests were cut off"), "{code} {log}");
     }
+}
+
+#[test]
+fn a_damaged_record_fails_the_requests_that_read_it_and_no_others() {
+    let program = program();
+    let server = Server::start(&program, &["--cache-bytes", "0"]);
+    let body = json!({"prompt": "Veyra", "max_tokens": 2});
+    let found = server.client.complete(&body);
+    let record = &found["choices"][0]["memory3"]["references"][0]["records"][0]["record"];
+    let id: memory3::memory::RecordId = record.as_str().unwrap().parse().unwrap();
+    let bank = memory3::bank::Bank::open(&program.path().join("bank")).unwrap();
+    let at = bank.shard(id.shard).unwrap().record_offset(id.slot) + 40;
+    let path = program.path().join(format!("bank/shards/{:06}.m3s", id.shard));
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 4], at).unwrap();
+    let error = server.client.post("/v1/completions", &body).expect(500).json()["error"].clone();
+    assert_eq!(error["type"], "server_error");
+    assert!(error["message"].as_str().unwrap().contains("checksum"), "{error}");
+    // One that is streamed has its status, too, for nothing has gone out yet.
+    server.client.post("/v1/completions", &json!({"prompt": "Veyra", "stream": true})).expect(500);
+    server.client.complete(&json!({"prompt": "Veyra", "max_tokens": 2, "memory3": {"no_memory": true}}));
+    file.write_all_at(&byte, at).unwrap();
+    assert_eq!(server.client.complete(&body)["usage"], found["usage"]);
 }
