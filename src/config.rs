@@ -13,6 +13,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::select::Score;
 
+mod serve;
+
+pub use serve::ServeConfig;
+
 /// Name of the settings file that is read when none is named.
 pub const FILE_NAME: &str = "pipeline.toml";
 
@@ -36,6 +40,8 @@ pub struct Config {
     pub quality: QualityConfig,
     /// How the work is done; none of it changes the result.
     pub run: RunConfig,
+    /// How the server listens, and how much it takes on.
+    pub serve: ServeConfig,
 }
 
 /// Section `[corpus]`.
@@ -276,6 +282,9 @@ impl Config {
     /// Makes relative paths of the file relative to its folder.
     fn anchor(&mut self, folder: &Path) {
         for path in [&mut self.model.path, &mut self.embedder.path, &mut self.bank.path] {
+            *path = join(folder, path);
+        }
+        if let Some(path) = &mut self.serve.token_file {
             *path = join(folder, path);
         }
         for input in &mut self.corpus.inputs {

@@ -2,7 +2,7 @@
 //!
 //! The folders follow the data: [`corpus`] texts become chunks, [`model`] gives queries, keys and values,
 //! [`select`] picks the tokens, [`codec`] quantizes, [`embed`] makes the retrieval vectors, [`bank`] keeps
-//! everything on disk, [`read`] attends to it and generates; [`cpu`] and [`gpu`] have the arithmetic that models share. [`pipeline`]
+//! everything on disk, [`read`] attends to it and generates, [`serve`] does so for others over HTTP; [`cpu`] and [`gpu`] have the arithmetic that models share. [`pipeline`]
 //! joins the stages into the compile run. Without the default feature `compile` only the reading side is built: [`bank`],
 //! [`codec`] and the part of [`read`] that decodes memories, free of burn.
 
@@ -32,3 +32,5 @@ pub mod model;
 pub mod pipeline;
 #[cfg(feature = "compile")]
 pub mod select;
+#[cfg(all(feature = "serve", unix))]
+pub mod serve;

@@ -12,3 +12,5 @@ mod gpu;
 mod model;
 mod read;
 mod select;
+#[cfg(all(feature = "serve", unix))]
+mod serve;

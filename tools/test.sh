@@ -15,3 +15,5 @@ cargo test --locked
 cargo test --locked --bench suite -- --quick
 # The reader alone must build and pass without burn, tokenizers and the command line.
 cargo test --locked --no-default-features --lib
+# Everything but the server, too.
+cargo check --locked --no-default-features --features compile

@@ -9,7 +9,7 @@ use anyhow::Context;
 use clap::Args;
 
 use super::events::TellArgs;
-use super::options::{self, BankArg, EmbedderArg, ModelArg};
+use super::options::{self, BankArg, EmbedderArg, ModelArg, set};
 use super::progress::ProgressDisplay;
 use super::{Global, Outcome, output};
 use crate::bank::{BankError, Manifest};
@@ -208,7 +208,7 @@ impl RunArgs {
         let index = config.bank.path.join("index");
         let ledger = args.ledger.clone().unwrap_or_else(|| index.join("ledger.jsonl"));
         let report_path = args.report.clone().unwrap_or_else(|| index.join("report.json"));
-        args.start_threads(&config)?;
+        options::start_threads(config.run.threads)?;
 
         if args.dry_run {
             let report = pipeline::compile(&config, task, &ledger, &Progress::default(), &StopFlag::default())?;
@@ -285,14 +285,6 @@ struct FailedReport<'a> {
 }
 
 impl RunArgs {
-    /// Starts as many worker threads as the settings say.
-    pub(super) fn start_threads(&self, config: &Config) -> anyhow::Result<()> {
-        if config.run.threads > 0 {
-            rayon::ThreadPoolBuilder::new().num_threads(config.run.threads).build_global().context("--threads")?;
-        }
-        Ok(())
-    }
-
     /// The settings with the flags laid over them.
     pub(super) fn config(&self, global: &Global, guards: &GuardArgs) -> anyhow::Result<Config> {
         let mut config = options::load_config(global)?;
@@ -336,13 +328,6 @@ impl RunArgs {
         config.quality.max_kl = self.max_kl.or(config.quality.max_kl);
         config.validate()?;
         Ok(config)
-    }
-}
-
-/// Lays a flag over a setting.
-fn set<T: Clone>(setting: &mut T, flag: &Option<T>) {
-    if let Some(value) = flag {
-        setting.clone_from(value);
     }
 }
 

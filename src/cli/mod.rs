@@ -24,6 +24,8 @@ mod progress;
 mod reading;
 mod repair;
 mod search;
+#[cfg(all(feature = "serve", unix))]
+mod serve;
 mod show;
 mod trace;
 mod verify;
@@ -105,6 +107,9 @@ enum Verb {
     Generate(Box<generate::GenerateArgs>),
     /// Measure tokens a second with memories and without
     BenchRead(Box<bench_read::BenchReadArgs>),
+    /// Serve texts that go on, and searches, over HTTP, as OpenAI's clients ask for them
+    #[cfg(all(feature = "serve", unix))]
+    Serve(Box<serve::ServeArgs>),
     /// Find the records nearest to a text
     Search(search::SearchArgs),
     /// Show one record: its text, with the tokens that each layer and head kept
@@ -135,6 +140,8 @@ pub fn run() -> ExitCode {
         Verb::Rollback(args) => maintain::rollback(&cli.global, args),
         Verb::Generate(args) => generate::run(&cli.global, args),
         Verb::BenchRead(args) => bench_read::run(&cli.global, args),
+        #[cfg(all(feature = "serve", unix))]
+        Verb::Serve(args) => serve::run(&cli.global, args),
         Verb::Search(args) => search::run(&cli.global, args),
         Verb::Show(args) => show::run(&cli.global, args),
         Verb::Inspect(args) => inspect::run(&cli.global, args),

@@ -33,6 +33,21 @@ pub struct ModelArg {
     pub model: Option<PathBuf>,
 }
 
+/// Lays a flag over a setting.
+pub fn set<T: Clone>(setting: &mut T, flag: &Option<T>) {
+    if let Some(value) = flag {
+        setting.clone_from(value);
+    }
+}
+
+/// Starts so many worker threads; 0: one a core.
+pub fn start_threads(threads: usize) -> anyhow::Result<()> {
+    if threads > 0 {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("--threads")?;
+    }
+    Ok(())
+}
+
 /// Reads the settings file that the flags name, or `pipeline.toml`, or takes the defaults.
 pub fn load_config(global: &Global) -> anyhow::Result<Config> {
     match &global.config {

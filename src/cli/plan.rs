@@ -3,6 +3,7 @@
 use clap::Args;
 
 use super::compile::{GuardArgs, RunArgs};
+use super::options;
 use super::{Global, Outcome, output};
 use crate::config::{ByteSize, Config};
 use crate::pipeline::{self, Estimate, Mode, Progress, StopFlag};
@@ -32,7 +33,7 @@ pub struct PlanArgs {
 /// Runs `memory3 plan`.
 pub fn run(global: &Global, args: &PlanArgs) -> anyhow::Result<Outcome> {
     let config = args.run.config(global, &args.guards)?;
-    args.run.start_threads(&config)?;
+    options::start_threads(config.run.threads)?;
     let mode = if args.append { Mode::Append } else { Mode::Match };
     let estimate = pipeline::estimate(&config, mode, &Progress::default(), &StopFlag::default())?;
     if global.json {

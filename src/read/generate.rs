@@ -11,6 +11,7 @@ use super::error::ReadError;
 use super::model::{ReadModel, Wanted};
 use super::sample::{Sampler, Sampling};
 use super::session::{Condition, Prompt, Reading, Session, SessionOptions};
+use super::spelling::Spelling;
 use super::times::Times;
 use crate::corpus::Chunker;
 
@@ -61,9 +62,7 @@ struct Growing {
     /// Logits of the last row.
     logits: Vec<f32>,
     done: bool,
-    /// Tokens before `told` are told; those from `begin` on still shape how the next are spelt.
-    begin: usize,
-    told: usize,
+    spelling: Spelling,
 }
 
 impl Generator<'_> {
@@ -119,7 +118,7 @@ impl Growing {
     fn new(generator: &Generator<'_>, number: u64, logits: Vec<f32>) -> Self {
         let generated = Generated { tokens: Vec::new(), text: String::new(), stopped: false, retrievals: 0 };
         let sampler = Sampler::new(generator.sampling, number);
-        Self { sampler, generated, logits, done: generator.max_tokens == 0, begin: 0, told: 0 }
+        Self { sampler, generated, logits, done: generator.max_tokens == 0, spelling: Spelling::default() }
     }
 
     /// What the session has not read yet.
@@ -138,16 +137,11 @@ impl Growing {
         }
     }
 
-    /// What is new, spelt together with the tokens before it; half a character waits for its rest.
+    /// What is new.
     fn spell(&mut self, chunker: &Chunker) -> Result<Option<String>, ReadError> {
-        let tokens = &self.generated.tokens;
-        let before = chunker.decode(&tokens[self.begin..self.told])?;
-        let now = chunker.decode(&tokens[self.begin..])?;
-        let is_whole = self.done || !now.ends_with('\u{fffd}');
-        let Some(new) = now.get(before.len()..).filter(|new| !new.is_empty() && is_whole) else { return Ok(None) };
-        self.generated.text.push_str(new);
-        (self.begin, self.told) = (self.told, tokens.len());
-        Ok(Some(new.to_owned()))
+        let new = self.spelling.next(chunker, &self.generated.tokens, self.done)?;
+        self.generated.text.push_str(new.as_deref().unwrap_or_default());
+        Ok(new)
     }
 }
 

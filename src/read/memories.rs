@@ -238,12 +238,21 @@ impl Provenance {
     /// # Errors
     /// As [`MemoryReader::provenance`].
     pub fn of(bank: &Bank, id: RecordId) -> Result<Self, ReadError> {
-        let text = bank.record(id)?.text()?;
-        let documents = bank.documents_of(id)?.into_iter().map(|place| {
+        Ok(Self { text: bank.record(id)?.text()?, documents: Place::all_of(bank, id)? })
+    }
+}
+
+impl Place {
+    /// Every place of a record in live documents of `bank`.
+    ///
+    /// # Errors
+    /// As [`Bank::documents_of`]; [`ReadError::NoChunk`].
+    pub fn all_of(bank: &Bank, id: RecordId) -> Result<Vec<Self>, ReadError> {
+        let places = bank.documents_of(id)?.into_iter().map(|place| {
             let (row, ordinal) = (bank.document(place.row)?, place.ordinal);
             let chunk = row.chunks().nth(ordinal as usize).ok_or(ReadError::NoChunk { row: place.row, ordinal })?;
-            Ok(Place { document: row.id.to_owned(), chunk: ordinal, start: chunk.start, end: chunk.end })
+            Ok(Self { document: row.id.to_owned(), chunk: ordinal, start: chunk.start, end: chunk.end })
         });
-        Ok(Self { text, documents: documents.collect::<Result<_, ReadError>>()? })
+        places.collect()
     }
 }

@@ -15,6 +15,8 @@ mod context;
 mod dense;
 mod error;
 #[cfg(feature = "compile")]
+mod fit;
+#[cfg(feature = "compile")]
 mod generate;
 pub mod leak;
 mod memories;
@@ -29,6 +31,8 @@ mod retriever;
 mod sample;
 #[cfg(feature = "compile")]
 mod session;
+#[cfg(feature = "compile")]
+mod spelling;
 #[cfg(feature = "compile")]
 mod times;
 
@@ -51,5 +55,7 @@ pub use retriever::{Found, Query, Retrieval, Retriever, Weighing};
 pub use sample::{Sampler, Sampling};
 #[cfg(feature = "compile")]
 pub use session::{CHUNK, Condition, Prompt, Reading, Session, SessionOptions};
+#[cfg(feature = "compile")]
+pub use spelling::Spelling;
 #[cfg(feature = "compile")]
 pub use times::Times;

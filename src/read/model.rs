@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use super::context::{Context, LayerKv, WeightedMemory};
 use super::error::ReadError;
 use super::memories::LoadedMemory;
-use crate::bank::{Bank, BankError, Manifest};
+use crate::bank::Bank;
 use crate::corpus::Chunker;
 use crate::cpu::{Format, PackedMatrix, PackedRows, Rows, Threads};
 use crate::fingerprint::Fingerprint;
@@ -106,7 +106,7 @@ impl ReadModel {
     /// write them.
     ///
     /// # Errors
-    /// As [`ReadModel::load`]; [`BankError::Fingerprint`] with what differs; as [`ReadModel::check_prefix`].
+    /// As [`ReadModel::load`], [`ReadModel::check_bank`].
     pub fn load_for(
         bank: &Bank,
         dir: &Path,
@@ -119,16 +119,7 @@ impl ReadModel {
         let (layers, slots) = (manifest.shape.memory_layers.clone(), manifest.shape.memory.slots);
         let spec = MemorySpec { layers, slots, ..MemorySpec::default() };
         let model = Self::load(dir, &stored.tokens, &spec, dtype, positions)?;
-        // What was run must be the same; how it was rounded, scored and coded need not concern a reader.
-        let mut own = model.fingerprint().cloned().unwrap_or_default();
-        own.set("tokenizer", chunker.tokenizer_hash());
-        let mut differences = manifest.fingerprint.differences(&own);
-        differences.retain(|field| own.get(&field.name).is_some() && !["dtype", "score"].contains(&&*field.name));
-        if !differences.is_empty() {
-            return Err(BankError::Fingerprint { path: Manifest::path(bank.dir()), differences }.into());
-        }
-        let both_f32 = dtype == DType::F32 && manifest.fingerprint.get("dtype").is_none_or(|dtype| dtype == "f32");
-        model.check_prefix(&stored, both_f32)?;
+        model.check_bank(bank, chunker)?;
         Ok(model)
     }
 

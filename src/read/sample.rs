@@ -3,6 +3,8 @@
 //! Temperature 0 is greedy, ties to the lower id. Otherwise: logits over temperature, the `top_k` greatest, of these the
 //! fewest whose probabilities reach `top_p`, one of them by chance. Always holds: the same seed gives the same tokens.
 
+use std::cmp::Ordering;
+
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
@@ -46,26 +48,94 @@ impl Sampler {
     /// If there are no logits.
     pub fn next(&mut self, logits: &[f32]) -> u32 {
         let Sampling { temperature, top_k, top_p, .. } = self.sampling;
-        let mut order: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
-        let greater = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+        let first = (0..).zip(logits.iter().copied()).min_by(likelier).expect("logits");
         if temperature <= 0.0 {
-            return order.into_iter().min_by(greater).map(|(token, _)| token).expect("logits");
+            return first.0;
         }
-        order.sort_unstable_by(greater);
-        if top_k > 0 {
+        let weight = |logit: f32| ((f64::from(logit) - f64::from(first.1)) / temperature).exp();
+        let mut order: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
+        if top_k > 0 && top_k < order.len() {
+            order.select_nth_unstable_by(top_k, likelier);
             order.truncate(top_k);
         }
-        let weight = |logit: f32| ((f64::from(logit) - f64::from(order[0].1)) / temperature).exp();
-        let weights: Vec<f64> = order.iter().map(|(_, logit)| weight(*logit)).collect();
+        let all: f64 = order.iter().map(|(_, logit)| weight(*logit)).sum();
+        // 53 random bits: a number in 0..1.
+        let share = (self.random.next_u64() >> 11) as f64 / (1_u64 << 53) as f64;
+        // Most often a few tokens decide, and only they need an order.
+        let mut head = HEAD;
+        loop {
+            head = head.min(order.len());
+            if head < order.len() {
+                order.select_nth_unstable_by(head, likelier);
+            }
+            order[..head].sort_unstable_by(likelier);
+            let weights: Vec<f64> = order[..head].iter().map(|(_, logit)| weight(*logit)).collect();
+            if let Some(place) = draw(&weights, head == order.len(), all, top_p, share) {
+                return order[place].0;
+            }
+            head *= 8;
+        }
+    }
+}
+
+/// Tokens that are put in order at first.
+const HEAD: usize = 64;
+
+/// Greater logits first, of equals the lower id.
+fn likelier(a: &(u32, f32), b: &(u32, f32)) -> Ordering {
+    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
+}
+
+/// The place that a share in 0..1 falls on, among the first that together have `top_p` of `all`. `None` if it lies beyond these
+/// weights, which are the greatest in order, unless they are whole.
+fn draw(weights: &[f64], is_whole: bool, all: f64, top_p: f64, share: f64) -> Option<usize> {
+    let mut total = 0.0;
+    // Each is counted in before the sum is looked at: the first is always one of them.
+    let has_enough = |weight: &f64| {
+        total += weight;
+        total >= top_p * all
+    };
+    let (kept, total) = match weights.iter().position(has_enough) {
+        _ if top_p >= 1.0 => (weights.len(), all),
+        Some(last) => (last + 1, total),
+        // In another order the same weights may add up to a little less.
+        None if is_whole => (weights.len(), total),
+        None => return None,
+    };
+    let mut left = share * total;
+    let place = weights[..kept].iter().position(|weight| {
+        let is_here = left < *weight;
+        left -= weight;
+        is_here
+    });
+    place.or((is_whole || kept < weights.len()).then(|| kept - 1))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use rand_chacha::rand_core::RngCore as _;
+
+    use super::*;
+
+    /// The definition: everything in order.
+    fn naive(sampling: Sampling, random: &mut ChaCha8Rng, logits: &[f32]) -> u32 {
+        let Sampling { temperature, top_k, top_p, .. } = sampling;
+        let mut order: Vec<(u32, f32)> = (0..).zip(logits.iter().copied()).collect();
+        order.sort_by(likelier);
+        if temperature <= 0.0 {
+            return order[0].0;
+        }
+        order.truncate(if top_k > 0 { top_k } else { order.len() });
+        let weights: Vec<f64> =
+            order.iter().map(|(_, logit)| ((f64::from(*logit) - f64::from(order[0].1)) / temperature).exp()).collect();
         let all: f64 = weights.iter().sum();
-        let mut total = 0.0;
-        let mut kept = 0;
+        let (mut total, mut kept) = (0.0, 0);
         while kept < weights.len() && (kept == 0 || total < top_p * all) {
             total += weights[kept];
             kept += 1;
         }
-        // 53 random bits: a number in 0..1.
-        let mut left = (self.random.next_u64() >> 11) as f64 / (1_u64 << 53) as f64 * total;
+        let mut left = (random.next_u64() >> 11) as f64 / (1_u64 << 53) as f64 * total;
         for (weight, (token, _)) in weights[..kept].iter().zip(&order) {
             if left < *weight {
                 return *token;
@@ -74,11 +144,23 @@ impl Sampler {
         }
         order[kept - 1].0
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+    proptest! {
+        #[test]
+        fn tokens_are_those_of_the_naive_choice(
+            logits in prop::collection::vec(-40_i8..40, 1..1500), scale in 0.01_f32..0.5, temperature in 0.0..2.0_f64,
+            top_k in 0_usize..200, all in any::<bool>(), top_p in 0.0..1.0_f64, seed in any::<u64>(),
+        ) {
+            let logits: Vec<f32> = logits.into_iter().map(|logit| f32::from(logit) * scale).collect();
+            let (top_k, top_p) = if all { (0, 1.0) } else { (top_k, top_p) };
+            let sampling = Sampling { temperature, top_k, top_p, seed };
+            let (mut sampler, mut random) = (Sampler::new(sampling, 3), ChaCha8Rng::seed_from_u64(seed));
+            random.set_stream(3);
+            for _ in 0..20 {
+                prop_assert_eq!(sampler.next(&logits), naive(sampling, &mut random, &logits));
+            }
+        }
+    }
 
     const LOGITS: [f32; 5] = [1.0, 3.0, 2.0, 3.0, -1.0];
 
