@@ -19,6 +19,7 @@ mod output;
 mod plan;
 mod progress;
 mod repair;
+mod report_file;
 mod search;
 mod show;
 mod verify;

@@ -118,7 +118,7 @@ fn one_percent(documents: u32) {
     let mut writer = begin(dir.path(), &spec);
     println!("  begin: {:.2?}", start.elapsed());
     let start = Instant::now();
-    let changed = |number: u32| u32::from(number % 100 == 0);
+    let changed = |number: u32| u32::from(number.is_multiple_of(100));
     for number in 0..documents {
         let doc = document(number, changed(number));
         writer.claim_document(&doc.id, memory3::memory::ContentHash::of_text(&doc.text())).unwrap();
