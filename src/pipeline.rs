@@ -14,6 +14,7 @@ mod estimate;
 mod gate;
 mod lookup;
 mod plan;
+mod plan_list;
 mod progress;
 mod reencode;
 mod report;
@@ -39,6 +40,7 @@ use crate::model::{
 };
 use codec_training::{ChosenCodec, TrainingPlan};
 use lookup::Lookup;
+use plan_list::PlanList;
 use settled::{bank_spec, re_embed, settled_codec};
 use stages::{Stages, Totals};
 use survey::Surveyor;
@@ -55,6 +57,15 @@ struct Opened {
     dtype: DType,
 }
 
+/// Files that a run writes beside the bank.
+#[derive(Clone, Copy, Debug)]
+pub struct RunFiles<'a> {
+    /// Lists rejected entries.
+    pub ledger: &'a Path,
+    /// Lists what becomes of each document, if anybody wants to know.
+    pub plan: Option<&'a Path>,
+}
+
 /// What a run is to do with the corpus.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Task {
@@ -66,7 +77,7 @@ pub struct Task {
     pub re_embed: bool,
 }
 
-/// Compiles the corpus that `config` names into its bank; rejected documents are listed in `ledger_path`.
+/// Compiles the corpus that `config` names into its bank.
 ///
 /// # Errors
 /// What cannot be opened, encoded or written; the bank's published generation stays what it was, except after
@@ -74,7 +85,7 @@ pub struct Task {
 pub fn compile(
     config: &Config,
     task: Task,
-    ledger_path: &Path,
+    files: RunFiles<'_>,
     progress: &Progress,
     stop: &StopFlag,
 ) -> Result<RunReport, PipelineError> {
@@ -87,14 +98,14 @@ pub fn compile(
     gate::foresee(config, &opened)?;
     let mut run = Run { opened: &opened, progress, started, plan: Plan::default(), codec: None, re_embedded: None };
     if !task.re_embed {
-        return follow_corpus(config, task, lock, ledger_path, stop, run);
+        return follow_corpus(config, task, lock, files, stop, run);
     }
     let (lock, generation) = match re_embed(config, &opened, lock, progress, stop) {
         Err(PipelineError::Bank(BankError::Stopped { .. })) => return Ok(run.stopped(Totals::default(), None)),
         re_embedded => re_embedded?,
     };
     run.re_embedded = generation;
-    follow_corpus(config, task, lock, ledger_path, stop, run).map_err(|source| match generation {
+    follow_corpus(config, task, lock, files, stop, run).map_err(|source| match generation {
         Some(generation) => PipelineError::ReEmbedded { generation, source: Box::new(source) },
         None => source,
     })
@@ -105,7 +116,7 @@ fn follow_corpus(
     config: &Config,
     task: Task,
     lock: BankLock,
-    ledger_path: &Path,
+    files: RunFiles<'_>,
     stop: &StopFlag,
     run: Run<'_>,
 ) -> Result<RunReport, PipelineError> {
@@ -139,12 +150,14 @@ fn follow_corpus(
         stop,
     };
     let survey_started = Instant::now();
-    let survey = surveyor.survey(writer.as_mut())?;
+    let mut list = PlanList::create(files.plan)?;
+    let survey = surveyor.survey(writer.as_mut(), &mut list)?;
     progress.survey.add(usize::try_from(survey.chunks).unwrap_or(usize::MAX), survey_started.elapsed());
     if stop.is_set() {
         return Ok(run.stopped(Totals::default(), None));
     }
-    run.plan = Plan::new(&survey, writer.as_ref(), task.mode, &config.bank, max_chunks)?;
+    run.plan = Plan::new(&survey, writer.as_ref(), task.mode, &config.bank, max_chunks, &mut list)?;
+    list.finish()?;
     // Set once a run.
     let _ = progress.plan.set(run.plan.clone());
     if task.dry_run {
@@ -152,19 +165,19 @@ fn follow_corpus(
     }
     if survey.documents() == 0 || (survey.rejected > 0 && run.plan.refused.is_some()) {
         // There is no main pass, which would list them.
-        let mut ledger = create_ledger(ledger_path)?;
+        let mut ledger = create_ledger(files.ledger)?;
         let lookup = Lookup::begin(writer.as_mut(), task.mode)?;
         survey::reject_all(&opened.corpus, &opened.chunker, max_chunks, lookup, &mut ledger)?;
         ledger.finish()?;
     }
     if survey.documents() == 0 {
-        return Err(PipelineError::NothingToCompile { read: survey.read, ledger: ledger_path.to_owned() });
+        return Err(PipelineError::NothingToCompile { read: survey.read, ledger: files.ledger.to_owned() });
     }
     if let Some(reason) = run.plan.refused {
         return Err(PipelineError::Refused { reason });
     }
     tell_plan(&run.plan);
-    let mut ledger = create_ledger(ledger_path)?;
+    let mut ledger = create_ledger(files.ledger)?;
 
     // 3. The codec: the bank's own, or one trained on the sample.
     let codec = match bank_codec {

@@ -1,7 +1,6 @@
 //! `memory3 compile`: flags over settings, the run, its progress and its report.
 
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -11,10 +10,11 @@ use clap::Args;
 use super::events::TellArgs;
 use super::options::{self, BankArg, EmbedderArg, ModelArg, set};
 use super::progress::ProgressDisplay;
+use super::report_file::ReportFile;
 use super::{Global, Outcome, output};
 use crate::bank::{BankError, Manifest};
 use crate::config::{BankConfig, ByteSize, Config};
-use crate::pipeline::{self, Mode, PipelineError, Plan, Progress, RunReport, StageReport, StopFlag, Task};
+use crate::pipeline::{self, Mode, PipelineError, Plan, Progress, RunFiles, RunReport, StageReport, StopFlag, Task};
 use crate::select::Score;
 
 /// Arguments of `memory3 compile`.
@@ -27,7 +27,7 @@ Examples:
   zstdcat dump.zst | memory3 compile - --bank banks/dump
   memory3 compile --device cuda:0 --dtype bf16           on an NVIDIA GPU
   memory3 compile --codec none --max-chunks 1000         a quick look, vectors kept in bf16
-  memory3 compile --dry-run                              what would be encoded and what would vanish
+  memory3 compile --dry-run --plan-file plan.jsonl       what would be encoded and what would vanish, each by its id
 
 A bank that exists is made to match the corpus: new and changed documents are encoded, unchanged ones cost no device
 time, vanished ones die. A run that would lose or change more than
@@ -96,6 +96,9 @@ pub(super) struct RunArgs {
     /// Say what would be done, and stop
     #[arg(long)]
     dry_run: bool,
+    /// List what becomes of each document that is not unchanged: JSON lines with action, id and why
+    #[arg(long, value_name = "FILE")]
+    pub(super) plan_file: Option<PathBuf>,
     #[command(flatten)]
     bank: BankArg,
     #[command(flatten)]
@@ -199,89 +202,93 @@ pub fn append(global: &Global, args: &AppendArgs) -> anyhow::Result<Outcome> {
 
 impl RunArgs {
     fn run(&self, global: &Global, task: Task, guards: &GuardArgs) -> anyhow::Result<Outcome> {
-        let args = self;
-        let config = args.config(global, guards)?;
-        if task.mode == Mode::Append {
-            // Before anything makes a folder of a name that is no bank.
-            Manifest::read(&config.bank.path)?;
+        let config = self.config(global, guards);
+        if task.dry_run {
+            return self.dry_run(global, task, &config?);
         }
-        let index = config.bank.path.join("index");
-        let ledger = args.ledger.clone().unwrap_or_else(|| index.join("ledger.jsonl"));
-        let report_path = args.report.clone().unwrap_or_else(|| index.join("report.json"));
-        options::start_threads(config.run.threads)?;
-
-        if args.dry_run {
-            let report = pipeline::compile(&config, task, &ledger, &Progress::default(), &StopFlag::default())?;
-            let plan = &report.plan;
-            if global.json {
-                output::print_json(&report)?
-            } else {
-                output::print(&plan_text(plan))?
-            }
-            return Ok(if plan.refused.is_some() || plan.rejected > 0 { Outcome::Incomplete } else { Outcome::Done });
-        }
-
-        // A report that cannot be written must not be found out after hours.
-        let report_error =
-            || format!("{}: the run report cannot be written; choose another --report", report_path.display());
-        if let Some(folder) = report_path.parent() {
-            std::fs::create_dir_all(folder).with_context(report_error)?;
-        }
-        let folder = report_path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        // Its name ends as those that the next writer clears away.
-        let scratch = || tempfile::Builder::new().prefix("report-").suffix(".tmp").tempfile_in(folder);
-        drop(scratch().with_context(report_error)?);
-        let write_report = |json: &str| -> anyhow::Result<()> {
-            let mut file = scratch().with_context(report_error)?;
-            file.write_all(json.as_bytes()).with_context(report_error)?;
-            file.persist(&report_path).with_context(report_error)?;
-            Ok(())
-        };
-        let stop = stop_on_ctrl_c()?;
-        let progress = Arc::new(Progress::default());
+        // From here on every failure is told.
+        let bank = config.as_ref().ok().map(|config| config.bank.path.clone()).or_else(|| self.bank.bank.clone());
         let verb = if task.mode == Mode::Append { "append" } else { "compile" };
-        let telling = args.tell.start(verb, &config.bank.path, &progress)?;
-        let display = ProgressDisplay::start(Arc::clone(&progress), global.quiet);
-        let result = pipeline::compile(&config, task, &ledger, &progress, &stop);
-        display.finish();
-        let report = match result {
-            Ok(report) => report,
+        let progress = Arc::new(Progress::default());
+        let telling = self.tell.start(verb, bank.as_deref(), &progress)?;
+        let ran = config.and_then(|config| Ok((self.compile(global, task, &config, &progress)?, config)));
+        let (report, config) = match ran {
+            Ok(ran) => ran,
             Err(error) => {
-                // Whoever reads the report must not find that of an earlier run; but that of a run under way stays.
-                let locked = matches!(error, PipelineError::Bank(BankError::Locked { .. }));
-                let error = anyhow::Error::from(error);
-                let described = output::describe(&error);
-                let failed = FailedReport { version: env!("CARGO_PKG_VERSION"), error: &described };
-                let report = serde_json::to_string_pretty(&failed)? + "\n";
-                let told = telling.finish(Err(&described), Outcome::FAILED);
-                let told = told.and(if locked { Ok(()) } else { write_report(&report) });
                 // On a full disk this fails too; the first cause is the one to know.
-                if let Err(untold) = told {
+                if let Err(untold) = telling.finish(Err(&output::describe(&error)), Outcome::FAILED) {
                     tracing::warn!("{}", output::describe(&untold));
                 }
                 return Err(error);
             }
         };
-
         let incomplete = report.stopped || report.documents.rejected > 0;
         let outcome = if incomplete { Outcome::Incomplete } else { Outcome::Done };
         telling.finish(Ok(&report), outcome.exit_code())?;
-        let json = serde_json::to_string_pretty(&report)? + "\n";
-        write_report(&json)?;
         if global.json {
-            output::print(&json)?
+            output::print_json(&report)?
         } else {
-            output::print(&summary(&report, &config, &ledger))?
+            output::print(&summary(&report, &config, &self.ledger(&config)))?
         }
         Ok(outcome)
     }
-}
 
-/// The run report of a run that failed.
-#[derive(serde::Serialize)]
-struct FailedReport<'a> {
-    version: &'static str,
-    error: &'a str,
+    fn ledger(&self, config: &Config) -> PathBuf {
+        self.ledger.clone().unwrap_or_else(|| config.bank.path.join("index/ledger.jsonl"))
+    }
+
+    fn dry_run(&self, global: &Global, task: Task, config: &Config) -> anyhow::Result<Outcome> {
+        self.refuse_no_bank(task, config)?;
+        options::start_threads(config.run.threads)?;
+        let files = RunFiles { ledger: &self.ledger(config), plan: self.plan_file.as_deref() };
+        let report = pipeline::compile(config, task, files, &Progress::default(), &StopFlag::default())?;
+        let plan = &report.plan;
+        if global.json {
+            output::print_json(&report)?
+        } else {
+            output::print(&plan_text(plan))?
+        }
+        Ok(if plan.refused.is_some() || plan.rejected > 0 { Outcome::Incomplete } else { Outcome::Done })
+    }
+
+    /// The run, with its progress and its report file.
+    fn compile(
+        &self,
+        global: &Global,
+        task: Task,
+        config: &Config,
+        progress: &Arc<Progress>,
+    ) -> anyhow::Result<RunReport> {
+        self.refuse_no_bank(task, config)?;
+        options::start_threads(config.run.threads)?;
+        let path = self.report.clone().unwrap_or_else(|| config.bank.path.join("index/report.json"));
+        let report_file = ReportFile::prepare(path)?;
+        let stop = stop_on_ctrl_c()?;
+        let files = RunFiles { ledger: &self.ledger(config), plan: self.plan_file.as_deref() };
+        let display = ProgressDisplay::start(Arc::clone(progress), global.quiet);
+        let result = pipeline::compile(config, task, files, progress, &stop);
+        display.finish();
+        match result {
+            Ok(report) => report_file.write(&report).map(|()| report),
+            // The report of the run that has the bank stays.
+            Err(error @ PipelineError::Bank(BankError::Locked { .. })) => Err(error.into()),
+            Err(error) => {
+                let error = anyhow::Error::from(error);
+                if let Err(unwritten) = report_file.write_failure(&output::describe(&error)) {
+                    tracing::warn!("{}", output::describe(&unwritten));
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Before anything makes a folder of a name that is no bank.
+    fn refuse_no_bank(&self, task: Task, config: &Config) -> anyhow::Result<()> {
+        if task.mode == Mode::Append {
+            Manifest::read(&config.bank.path)?;
+        }
+        Ok(())
+    }
 }
 
 impl RunArgs {

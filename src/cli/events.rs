@@ -44,11 +44,11 @@ pub struct Telling {
 }
 
 impl TellArgs {
-    /// Starts to tell of the run of `verb` on the bank in `bank`.
+    /// Starts to tell of the run of `verb` on the bank in `bank`, as far as that is known.
     ///
     /// # Errors
     /// A file that cannot be written: better now than after hours.
-    pub fn start(&self, verb: &str, bank: &Path, progress: &Arc<Progress>) -> anyhow::Result<Telling> {
+    pub fn start(&self, verb: &str, bank: Option<&Path>, progress: &Arc<Progress>) -> anyhow::Result<Telling> {
         if let Some(path) = &self.metrics {
             drop(scratch(path).with_context(|| format!("{}: cannot be written", path.display()))?);
         }
@@ -59,7 +59,7 @@ impl TellArgs {
             let file = OpenOptions::new().create(true).append(true).open(path);
             let file = file.with_context(|| format!("{}: cannot be written", path.display()))?;
             let file = Arc::new(Mutex::new(file));
-            let bank = bank.display().to_string();
+            let bank = bank.map(|bank| bank.display().to_string());
             let version = env!("CARGO_PKG_VERSION");
             write_event(
                 &file,
@@ -112,7 +112,9 @@ impl Telling {
         }
         let Some(path) = &self.metrics else { return Ok(()) };
         let mut file = scratch(path).with_context(|| format!("{}: cannot be written", path.display()))?;
-        file.write_all(metrics(result.ok(), exit_code, seconds).as_bytes())?;
+        // A missing file is that of a first run.
+        let before = std::fs::read_to_string(path).unwrap_or_default();
+        file.write_all(metrics(result.ok(), exit_code, seconds, &before).as_bytes())?;
         // The exporter runs as another user.
         #[cfg(unix)]
         std::fs::set_permissions(file.path(), std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
@@ -183,8 +185,20 @@ fn state(progress: &Progress) -> Value {
     })
 }
 
-/// The text format of Prometheus.
-fn metrics(report: Option<&RunReport>, exit_code: u8, seconds: f64) -> String {
+/// What a run that published nothing leaves as it was.
+const LASTING: [&str; 2] = ["memory3_run_last_success_timestamp_seconds", "memory3_bank_"];
+
+/// The lines of a metrics file that a run without a publication leaves as they were.
+fn lasting(before: &str) -> String {
+    let name = |line: &str| {
+        let rest = line.strip_prefix("# HELP ").or_else(|| line.strip_prefix("# TYPE ")).unwrap_or(line);
+        LASTING.iter().any(|lasting| rest.starts_with(lasting))
+    };
+    before.lines().filter(|line| name(line)).map(|line| format!("{line}\n")).collect()
+}
+
+/// The text format of Prometheus; `before`: the file of the run before.
+fn metrics(report: Option<&RunReport>, exit_code: u8, seconds: f64, before: &str) -> String {
     let mut text = String::new();
     let mut gauge = |name: &str, help: &str, values: &[(&str, f64)]| {
         text += &format!("# HELP memory3_{name} {help}\n# TYPE memory3_{name} gauge\n");
@@ -198,7 +212,7 @@ fn metrics(report: Option<&RunReport>, exit_code: u8, seconds: f64) -> String {
     gauge("run_exit_code", "Exit code of the last run.", &[("", f64::from(exit_code))]);
     gauge("run_end_timestamp_seconds", "When the last run ended.", &[("", unix_time())]);
     gauge("run_duration_seconds", "How long the last run took.", &[("", seconds)]);
-    let Some(report) = report else { return text };
+    let Some(report) = report else { return text + &lasting(before) };
     let (documents, chunks) = (&report.documents, &report.chunks);
     gauge(
         "run_documents",
@@ -223,10 +237,16 @@ fn metrics(report: Option<&RunReport>, exit_code: u8, seconds: f64) -> String {
         ],
     );
     if let Some(bank) = &report.bank {
+        gauge(
+            "run_last_success_timestamp_seconds",
+            "When the last run ended that came to its end.",
+            &[("", unix_time())],
+        );
         gauge("bank_generation", "Number of the published generation.", &[("", n(bank.generation))]);
         gauge("bank_records", "Live records of the bank.", &[("", n(bank.records))]);
         gauge("bank_bytes", "Bytes of shards and index files of the generation.", &[("", n(bank.bytes))]);
         gauge("bank_shards", "Shards of the bank.", &[("", n(bank.shards as u64))]);
+        return text;
     }
-    text
+    text + &lasting(before)
 }

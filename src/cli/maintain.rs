@@ -66,7 +66,7 @@ struct Removed {
 
 /// Runs `memory3 remove`.
 pub fn remove(global: &Global, args: &RemoveArgs) -> anyhow::Result<Outcome> {
-    let config = options::load_config(global)?;
+    let config = options::load_valid_config(global)?;
     let dir = args.bank.resolve(&config);
     let mut ids: BTreeSet<String> = args.documents.iter().cloned().collect();
     if let Some(path) = &args.ids {
@@ -124,7 +124,7 @@ pub struct CompactArgs {
 /// Runs `memory3 compact`.
 pub fn compact(global: &Global, args: &CompactArgs) -> anyhow::Result<Outcome> {
     anyhow::ensure!((0.0..=1.0).contains(&args.live_below), "--live-below {}: choose 0 to 1", args.live_below);
-    let config = options::load_config(global)?;
+    let config = options::load_valid_config(global)?;
     let editor = BankEditor::open(&args.bank.resolve(&config), args.keep.resolve(&config))?;
     let leftovers = args.leftovers.resolve();
     let records_per_shard = args.records_per_shard.unwrap_or(config.bank.records_per_shard);
@@ -295,7 +295,7 @@ struct RolledBack {
 
 /// Runs `memory3 rollback`.
 pub fn rollback(global: &Global, args: &RollbackArgs) -> anyhow::Result<Outcome> {
-    let config = options::load_config(global)?;
+    let config = options::load_valid_config(global)?;
     let dir = args.bank.resolve(&config);
     let (restored, manifest) = bank::rollback(&dir, args.keep.resolve(&config), args.generation)?;
     let Manifest { generation, counts, .. } = manifest;

@@ -23,6 +23,7 @@ mod plan;
 mod progress;
 mod reading;
 mod repair;
+mod report_file;
 mod search;
 #[cfg(all(feature = "serve", unix))]
 mod serve;

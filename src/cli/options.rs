@@ -57,6 +57,13 @@ pub fn load_config(global: &Global) -> anyhow::Result<Config> {
     }
 }
 
+/// [`load_config`], for verbs that change a bank by the settings of the file: values out of range are refused.
+pub fn load_valid_config(global: &Global) -> anyhow::Result<Config> {
+    let config = load_config(global)?;
+    config.validate()?;
+    Ok(config)
+}
+
 impl BankArg {
     /// The bank's folder.
     pub fn resolve(&self, config: &Config) -> PathBuf {

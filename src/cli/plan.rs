@@ -35,7 +35,8 @@ pub fn run(global: &Global, args: &PlanArgs) -> anyhow::Result<Outcome> {
     let config = args.run.config(global, &args.guards)?;
     options::start_threads(config.run.threads)?;
     let mode = if args.append { Mode::Append } else { Mode::Match };
-    let estimate = pipeline::estimate(&config, mode, &Progress::default(), &StopFlag::default())?;
+    let estimate =
+        pipeline::estimate(&config, mode, args.run.plan_file.as_deref(), &Progress::default(), &StopFlag::default())?;
     if global.json {
         output::print_json(&estimate)?
     } else {

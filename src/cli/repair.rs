@@ -33,7 +33,7 @@ pub struct RepairArgs {
 
 /// Runs `memory3 repair`.
 pub fn run(global: &Global, args: &RepairArgs) -> anyhow::Result<Outcome> {
-    let config = options::load_config(global)?;
+    let config = options::load_valid_config(global)?;
     let dir = args.bank.resolve(&config);
     let options = RepairOptions {
         drop_damaged: args.drop_damaged,

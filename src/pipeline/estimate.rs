@@ -7,6 +7,7 @@
 
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
+use std::path::Path;
 use std::time::Instant;
 
 use serde::Serialize;
@@ -16,6 +17,7 @@ mod calibrate;
 use super::codec_training::ChosenCodec;
 use super::lookup::Lookup;
 use super::plan::{Mode, Plan};
+use super::plan_list::PlanList;
 use super::progress::{Progress, StopFlag};
 use super::settled::settled_codec;
 use super::survey::{Chunked, Survey, Surveyor, for_each_chunked};
@@ -146,11 +148,18 @@ pub struct DiskNeeds {
     pub free_bytes: u64,
 }
 
-/// Plans a compile, or an append, of the corpus that `config` names into its bank.
+/// Plans a compile, or an append, of the corpus that `config` names into its bank; lists in `plan_file` what becomes of
+/// each document.
 ///
 /// # Errors
 /// What cannot be opened or encoded; nothing is published.
-pub fn estimate(config: &Config, mode: Mode, progress: &Progress, stop: &StopFlag) -> Result<Estimate, PipelineError> {
+pub fn estimate(
+    config: &Config,
+    mode: Mode,
+    plan_file: Option<&Path>,
+    progress: &Progress,
+    stop: &StopFlag,
+) -> Result<Estimate, PipelineError> {
     // 1. As a compile opens it; a bank is only opened if there is one.
     let (cpu, wall) = (report::cpu_seconds(), Instant::now());
     let opened = open(config)?;
@@ -184,9 +193,11 @@ pub fn estimate(config: &Config, mode: Mode, progress: &Progress, stop: &StopFla
         progress,
         stop,
     };
-    let survey = surveyor.survey(writer.as_mut())?;
+    let mut list = PlanList::create(plan_file)?;
+    let survey = surveyor.survey(writer.as_mut(), &mut list)?;
     let survey_time = Trial::since(cpu, wall);
-    let plan = Plan::new(&survey, writer.as_ref(), mode, &config.bank, config.corpus.max_chunks)?;
+    let plan = Plan::new(&survey, writer.as_ref(), mode, &config.bank, config.corpus.max_chunks, &mut list)?;
+    list.finish()?;
     let shape = opened.encoder.shape();
     let (codec, sample) = outlook(&opened, bank_codec.as_ref(), &survey, &shape)?;
 

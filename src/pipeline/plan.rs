@@ -10,6 +10,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::PipelineError;
+use super::plan_list::{Action, PlanList};
 use super::survey::Survey;
 use crate::bank::{BankWriter, RowId, Unclaimed};
 use crate::config::BankConfig;
@@ -96,6 +97,7 @@ impl Plan {
         mode: Mode,
         limits: &BankConfig,
         max_chunks: Option<u64>,
+        list: &mut PlanList,
     ) -> Result<Self, PipelineError> {
         let published = writer.and_then(BankWriter::published);
         let mut plan = Self {
@@ -114,6 +116,11 @@ impl Plan {
         let cut = max_chunks.is_some_and(|max| survey.chunks >= max);
         let blind = survey.blind > 0 && !limits.allow_unreadable;
         let (mut rejected, mut missing) = (Examples::default(), Examples::default());
+        let unseen = match (cut, blind) {
+            (true, _) => "the corpus is cut by max_chunks",
+            (false, true) => "an input that may hold it could not be read",
+            (false, false) => "the corpus does not have it",
+        };
         writer.for_each_unclaimed(|one| {
             match one.published {
                 // Only an interrupted run has it, and nobody asks for it now.
@@ -121,11 +128,18 @@ impl Plan {
                 Some(_) if mode == Mode::Append => {}
                 Some(_) if survey.rejected_ids.contains(one.id) => {
                     rejected.add(one.id);
+                    list.add(Action::Keep, Some(one.id), "its new text was rejected");
+                    plan.keep(&one);
+                }
+                Some(_) if cut || blind => {
+                    missing.add(one.id);
+                    list.add(Action::Keep, Some(one.id), unseen);
                     plan.keep(&one);
                 }
                 Some(_) => {
                     missing.add(one.id);
-                    if cut || blind { plan.keep(&one) } else { plan.dead.push(one.row) }
+                    list.add(Action::Remove, Some(one.id), unseen);
+                    plan.dead.push(one.row);
                 }
             }
             Ok(())

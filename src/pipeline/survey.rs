@@ -14,6 +14,7 @@ use rayon::prelude::*;
 use super::PipelineError;
 use super::lookup::{Looked, Lookup};
 use super::plan::{Examples, Mode};
+use super::plan_list::{Action, PlanList};
 use super::progress::{Progress, StopFlag};
 use crate::bank::{BankWriter, RowId};
 use crate::codec::sample::Sampler;
@@ -221,7 +222,7 @@ impl Surveyor<'_> {
     ///
     /// # Errors
     /// The bank cannot be asked.
-    pub fn survey(&self, writer: Option<&mut BankWriter>) -> Result<Survey, PipelineError> {
+    pub(super) fn survey(&self, writer: Option<&mut BankWriter>, list: &mut PlanList) -> Result<Survey, PipelineError> {
         let progress = self.progress;
         let mut survey = Survey::default();
         // Both closures ask it, one after the other.
@@ -233,6 +234,7 @@ impl Surveyor<'_> {
             let count = match entry {
                 Chunked::Rejected(rejection) => {
                     lookup.borrow().forget(&rejection)?;
+                    list.reject(&rejection);
                     survey.reject(rejection, lookup.borrow().writer())?;
                     return Ok(!self.stop.is_set());
                 }
@@ -242,7 +244,13 @@ impl Surveyor<'_> {
                     chunks
                 }
                 Chunked::Document { document, replaces, chunks, .. } => {
-                    *(if replaces.is_some() { &mut survey.changed } else { &mut survey.new }) += 1;
+                    if replaces.is_some() {
+                        survey.changed += 1;
+                        list.add(Action::Replace, Some(&document.id), "the bank has another text");
+                    } else {
+                        survey.new += 1;
+                        list.add(Action::Add, Some(&document.id), "the bank does not have it");
+                    }
                     if replaces.is_some_and(|row| lookup.borrow().is_published(row)) {
                         survey.replaced.add(&document.id);
                     }

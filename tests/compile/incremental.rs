@@ -303,3 +303,122 @@ fn an_incremental_run_that_was_killed_ends_in_the_same_bytes() {
     assert_eq!(one.len(), other.len());
     assert_eq!(documents(&program, "killed"), sorted(&corpus));
 }
+
+/// A run has done what a plan says.
+fn assert_came_true(plan: &Value, report: &Value) {
+    assert_eq!(&report["plan"], plan);
+    let plan = |names: &[&str]| names.iter().map(|name| plan[name].as_u64().unwrap()).sum::<u64>();
+    let done = |part: &str, names: &[&str]| names.iter().map(|name| report[part][name].as_u64().unwrap()).sum::<u64>();
+    for (planned, part, names) in [
+        (plan(&["new", "changed"]), "documents", &["compiled", "duplicate"][..]),
+        (plan(&["changed"]), "documents", &["changed"]),
+        (plan(&["unchanged"]), "documents", &["unchanged"]),
+        (plan(&["rejected"]), "documents", &["rejected"]),
+        (plan(&["vanished"]), "documents", &["vanished"]),
+        (plan(&["kept"]), "documents", &["kept"]),
+        (plan(&["chunks_to_encode"]), "chunks", &["encoded"]),
+        (plan(&["chunks_shared"]), "chunks", &["shared"]),
+        (plan(&["chunks_kept"]), "chunks", &["unchanged"]),
+    ] {
+        assert_eq!(planned, done(part, names), "{names:?}: {report}");
+    }
+}
+
+/// Lines of a plan file: action, id, why.
+fn listed(program: &Program) -> Vec<[String; 3]> {
+    let text = std::fs::read_to_string(program.path().join("plan.jsonl")).unwrap();
+    let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    lines.map(|line| ["action", "id", "why"].map(|field| line[field].as_str().unwrap_or("-").to_owned())).collect()
+}
+
+#[test]
+fn a_dry_run_says_what_the_run_then_does_and_lists_every_document() {
+    let program = Program::new();
+    let run = |verb: &str, args: &[&str], code: i32| {
+        let dry = [args, &["--dry-run", "--plan-file", "plan.jsonl"]].concat();
+        let plan = program.compile_verb(verb, "bank", &dry).expect(code).json()["plan"].clone();
+        let list = listed(&program);
+        let report = program.compile_verb(verb, "bank", &[args, &["--plan-file", "plan.jsonl"]].concat()).expect(code);
+        assert_came_true(&plan, &report.json());
+        assert_eq!(list, listed(&program));
+        for (action, count) in
+            [("add", "new"), ("replace", "changed"), ("remove", "vanished"), ("keep", "kept"), ("reject", "rejected")]
+        {
+            let lines = list.iter().filter(|[found, ..]| found == action).count() as u64;
+            assert_eq!(plan[count], lines, "{action}: {list:?}");
+        }
+        list
+    };
+    let hostile = |rows: &Rows| {
+        write(&program, rows);
+        let text = std::fs::read_to_string(program.path().join("corpus/rows.jsonl")).unwrap();
+        let more = [
+            "{\"id\": \"doc-7\", \"text\": \"again\"}",
+            "{\"id\": \"no-text\"}",
+            "{\"id\": \"doc-9\", \"text\": \" \"}",
+        ];
+        program.write("corpus/rows.jsonl", text + &more.join("\n"));
+    };
+    // A new bank; equal chunks within it, an id that comes twice, a text that is missing.
+    let mut corpus = rows(120);
+    corpus[20].1 = corpus[30].1.clone();
+    corpus.remove(9);
+    hostile(&corpus);
+    run("compile", &ARGS, 1);
+    // Changed, shared, new, vanished; a document whose text is rejected now.
+    corpus.push(("doc-9".to_owned(), "A text for the ninth.".to_owned()));
+    write(&program, &corpus);
+    run("compile", &ARGS, 0);
+    corpus.pop();
+    corpus[40].1 = corpus[41].1.clone();
+    corpus[42].1 = format!("{} and more about a lamp", corpus[42].1);
+    corpus[43].1 = corpus[42].1.clone();
+    let gone: Vec<String> = corpus.drain(100..105).map(|(id, _)| id).collect();
+    corpus.extend(rows(125).drain(120..));
+    hostile(&corpus);
+    let list = run("compile", &ARGS, 1);
+    let of = |action: &str| -> Vec<String> {
+        list.iter().filter(|[found, ..]| found == action).map(|[_, id, _]| id.clone()).collect()
+    };
+    assert_eq!((of("remove"), of("keep")), (gone, vec!["doc-9".to_owned()]));
+    assert_eq!(of("replace"), ["doc-41", "doc-43", "doc-44"]);
+    assert!(list.iter().any(|[action, id, why]| action == "reject" && id == "no-text" && why.contains("rows.jsonl:")));
+    // Append: another text is rejected, what is not named stays.
+    let more: Rows = vec![
+        ("doc-3".to_owned(), "Another text.".to_owned()),
+        corpus[4].clone(),
+        ("added".to_owned(), corpus[5].1.clone()),
+        ("longer".to_owned(), format!("{} and a new end", corpus[6].1)),
+    ];
+    write(&program, &more);
+    run("append", &ARGS, 1);
+    // What a killed run has left is there already.
+    for row in (0..corpus.len()).step_by(3) {
+        corpus[row].1 = format!("{} and then some words of row {row}", corpus[row].1);
+    }
+    corpus.extend(more[2..].iter().cloned());
+    write(&program, &corpus);
+    program.kill_after_a_shard("bank", &[&ARGS[..], &["--batch-chunks", "4"]].concat());
+    run("compile", &ARGS, 0);
+    let mut plain = documents(&program, "bank");
+    plain.retain(|(id, _)| id != "doc-9");
+    assert_eq!(plain, sorted(&corpus));
+}
+
+#[test]
+fn rejected_entries_are_listed_when_a_run_ends_before_it_encodes() {
+    let program = Program::new();
+    write(&program, &rows(40));
+    program.compile("bank", &ARGS).expect(0);
+    let ledger = || std::fs::read_to_string(program.path().join("bank/index/ledger.jsonl")).unwrap();
+    let other: Rows = (0..3).map(|row| (format!("doc-{row}"), format!("Another text, the {row}th."))).collect();
+    write(&program, &other);
+    let refused = program.compile_verb("append", "bank", &ARGS).expect(2);
+    assert!(refused.stderr.contains("ledger.jsonl"), "{}", refused.stderr);
+    assert_eq!(ledger().matches("other-text").count(), 3, "{}", ledger());
+    // Refused by a guard: the rejections are part of the reason.
+    let text = std::fs::read_to_string(program.path().join("corpus/rows.jsonl")).unwrap();
+    program.write("corpus/rows.jsonl", text + "{\"id\": \"doc-5\"}\n");
+    program.compile("bank", &ARGS).expect(2);
+    assert!(ledger().lines().count() == 1 && ledger().contains("missing-field"), "{}", ledger());
+}

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use memory3::pipeline::{self, Mode, Progress, StopFlag, Task};
+use memory3::pipeline::{self, Mode, Progress, RunFiles, StopFlag, Task};
 use serde_json::Value;
 
 use super::program::{Program, repository, tiny_encoder};
@@ -263,7 +263,8 @@ fn re_embedding_says_what_it_has_published_when_the_rest_is_refused_and_stops_wh
     let (task, stop) = (Task { mode: Mode::Match, dry_run: false, re_embed: true }, StopFlag::default());
     stop.stop();
     let ledger = program.path().join("ledger.jsonl");
-    let report = pipeline::compile(&config, task, &ledger, &Progress::default(), &stop).unwrap();
+    let files = RunFiles { ledger: &ledger, plan: None };
+    let report = pipeline::compile(&config, task, files, &Progress::default(), &stop).unwrap();
     assert!(report.stopped && report.re_embedded.is_none(), "{report:?}");
     assert!(before == super::program::published_files(&folder));
 
@@ -324,6 +325,53 @@ fn events_and_metrics_tell_how_a_run_went() {
     assert_eq!((&last["event"], &last["exit_code"]), (&"failed".into(), &2.into()), "{last}");
     assert!(last["error"].as_str().unwrap().contains("30 of 40"), "{last}");
     assert!(metrics().lines().any(|line| line == "memory3_run_exit_code 2"), "{}", metrics());
+
+    // What fails before there is a run to speak of is told too, and what was published stays in the metrics.
+    let value =
+        |name: &str| metrics().lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse::<f64>().ok());
+    let success = value("memory3_run_last_success_timestamp_seconds");
+    assert!(success.is_some_and(|time| time < value("memory3_run_end_timestamp_seconds").unwrap()), "{}", metrics());
+    program.write("bad.toml", "[bank]\nmax_shrink = 7\n");
+    program.write("file", "no folder");
+    let lock = memory3::bank::BankLock::acquire(&program.path().join("bank")).unwrap();
+    let cases: [(&str, &[&str], &str); 6] = [
+        ("compile", &["--max-change", "7"], "bank.max_change"),
+        ("compile", &["--config", "bad.toml"], "bank.max_shrink"),
+        ("compile", &["--config", "nowhere.toml"], "nowhere.toml"),
+        ("compile", &["--report", "file/report.json"], "--report"),
+        ("compile", &[], "is being written by"),
+        ("append", &[], "is being written by"),
+    ];
+    for (verb, more, why) in cases {
+        let before = events().len();
+        let refused = program.compile_verb(verb, "bank", &[&args[..], more].concat()).expect(2);
+        let told = events().split_off(before);
+        let last = told.last().unwrap_or_else(|| panic!("{more:?}: {}", refused.stderr));
+        assert_eq!((&told[0]["event"], &told[0]["bank"]), (&"started".into(), &"bank".into()), "{more:?}");
+        assert_eq!((&last["event"], &last["exit_code"]), (&"failed".into(), &2.into()), "{last}");
+        assert!(last["error"].as_str().unwrap().contains(why), "{more:?}: {last}");
+        assert_eq!(value("memory3_run_exit_code"), Some(2.0));
+        assert_eq!(value("memory3_run_last_success_timestamp_seconds"), success, "{more:?}");
+        assert_eq!((value("memory3_bank_generation"), value("memory3_bank_records")), (Some(1.0), Some(40.0)));
+        assert_eq!(metrics().matches("# TYPE memory3_bank_records").count(), 1, "{}", metrics());
+    }
+    drop(lock);
+    let twice = [&args[..], &["--model", "no-model"]].concat();
+    let missing: Vec<&str> = ["compile", "--bank", "bank", "--embedder", "nowhere"].into_iter().chain(twice).collect();
+    program.run(&missing).expect(2);
+    assert!(events().last().unwrap()["error"].as_str().unwrap().contains("no-model"));
+    assert_eq!(value("memory3_run_last_success_timestamp_seconds"), success);
+}
+
+#[test]
+fn verbs_that_change_a_bank_refuse_settings_out_of_range() {
+    let program = Program::new();
+    bank(&program, &NONE);
+    program.write("pipeline.toml", "[bank]\nkeep_generations = 0\n");
+    for verb in [&["remove", "00.txt"][..], &["compact"], &["rollback"], &["repair"]] {
+        let refused = program.run(&[verb, &["--bank", "bank"]].concat()).expect(2);
+        assert!(refused.stderr.contains("bank.keep_generations is 0"), "{verb:?}: {}", refused.stderr);
+    }
 }
 
 #[test]
