@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use memory3::bank::{Bank, BankShape, BankSpec, CodecDescription, PublishInput};
-use memory3::codec::factory::auto_spec;
+use memory3::codec::factory::{CodecSpec, FactorySpec, auto_spec};
 use memory3::codec::{Codec, CodecSet};
 use memory3::fingerprint::Fingerprint;
 use memory3::memory::{MemoryShape, RecordId};
@@ -116,7 +116,19 @@ fn write_bank(dir: &std::path::Path, shape: MemoryShape, set: &CodecSet) -> Bank
     // Only chunks that fill all slots: others would decode less.
     let mut documents = support::corpus(7, 60);
     documents.iter_mut().for_each(|document| document.chunks.retain(|chunk| chunk.len() >= shape.slots));
-    let writer = support::push(support::begin(dir, &spec), &documents, support::Stop::Never).unwrap().unwrap();
+    // FAISS refuses codes whose bits beyond the first level's indices are set.
+    let made = |tokens: &[u32], spec: &BankSpec| {
+        let mut made = support::made(tokens, spec);
+        if let CodecSpec::Faiss(FactorySpec { level1: Some(level), .. }) = set.codecs()[0].spec() {
+            let bits = level.count * level.bits as usize;
+            made.codes.chunks_exact_mut(set.code_bytes()).filter(|_| !bits.is_multiple_of(8)).for_each(|code| {
+                code[bits / 8] &= (1 << (bits % 8)) - 1;
+            });
+        }
+        made
+    };
+    let writer = support::begin(dir, &spec);
+    let writer = support::push_made(writer, &documents, support::Stop::Never, made).unwrap().unwrap();
     let codec = CodecDescription {
         spec: set.codecs()[0].name(),
         code_bytes: set.code_bytes() as u64,

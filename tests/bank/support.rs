@@ -156,7 +156,17 @@ pub enum Stop {
 }
 
 /// Pushes the corpus as the pipeline does. `None` if the run was stopped.
-pub fn push(mut writer: BankWriter, docs: &[Doc], stop: Stop) -> Result<Option<BankWriter>, BankError> {
+pub fn push(writer: BankWriter, docs: &[Doc], stop: Stop) -> Result<Option<BankWriter>, BankError> {
+    push_made(writer, docs, stop, made)
+}
+
+/// The same with other records.
+pub fn push_made(
+    mut writer: BankWriter,
+    docs: &[Doc],
+    stop: Stop,
+    made: impl Fn(&[u32], &BankSpec) -> Made,
+) -> Result<Option<BankWriter>, BankError> {
     let spec = writer.spec().clone();
     let mut pushes = 0;
     for doc in docs {
